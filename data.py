@@ -1,0 +1,566 @@
+"""Where images come from: three sources of samples, five synthesised degradations, training crops, hard mining.
+
+A `Sample` says which files an image is made of; nothing is decoded before it is needed. Whatever is random here is a
+function of (seed, image name, epoch), so a run can be repeated, resumed and split over workers without its data changing.
+"""
+
+import hashlib
+import math
+import re
+import zlib
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from scipy.ndimage import distance_transform_edt
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision.transforms.functional import center_crop
+from tqdm import tqdm
+
+TASKS = ("denoise15", "denoise25", "denoise50", "derain", "dehaze", "deblur", "lowlight")
+IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+# How often AdaIR's training lists repeat an image per epoch (used without hard mining).
+ADAIR_REPEATS = {**{t: 3 for t in TASKS[:3]}, "derain": 120, "dehaze": 1, "deblur": 5, "lowlight": 20}
+PHOTO_WINDOW = 512  # px; of a larger photo in a plain folder, this much around its centre is used
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; its text says what, where and what to do, in one sentence."""
+
+
+class Sample(NamedTuple):
+    """One image of one task. Without `degraded` the degradation is synthesised from `gt`."""
+
+    task: str  # one of TASKS, or the name of a paired test set
+    name: str  # unique within its task; seeds what is random about it
+    gt: str  # path of the clean image
+    degraded: str = ""  # path of the degraded image
+    box: tuple = ()  # (left, top, right, bottom): the part of the file that is meant; () is all of it
+    disparity: str = ""  # .npz with a disparity map of the whole file, for haze of true depth
+
+
+# ------------------------------------------------------------------------------------------------ reading images
+
+
+def to_rgb(image):
+    """A PIL image of any mode as (H, W, 3) float32 in [0, 1]: EXIF rotation applied, grey tripled, alpha dropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; PIL's own conversion would clip it to 8 bits
+        pixels = np.asarray(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
+        return np.repeat(pixels.clip(0, 1)[..., None], 3, axis=-1)
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def read_image(path, box=()):
+    """The image at `path` as a tensor (3, H, W) in [0, 1]. Raises DataError for a file that is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            pixels = to_rgb(image)
+    except FileNotFoundError:
+        raise DataError(f"there is no image {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
+    if box:
+        pixels = pixels[box[1] : box[3], box[0] : box[2]]
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def image_size(path):
+    """(width, height) from the file's header alone, EXIF rotation applied. Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
+
+
+def write_image(path, image):
+    """Writes a (3, H, W) tensor in [0, 1] as 8 bits, rounded (truncating would cost 0.16 dB at 38 dB)."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(path)
+
+
+# ------------------------------------------------------------------------------------------------- degradations
+# Each takes a clean image (3, H, W) in [0, 1] and a numpy generator and returns the degraded one, in 8-bit steps.
+
+
+def quantise(image):
+    return (image.clamp(0, 1) * 255).round() / 255
+
+
+def gaussian_noise(gt, rng, sigma):
+    """AdaIR's: σ in 8-bit units, clipped and truncated to integers."""
+    noise = torch.from_numpy(rng.standard_normal(gt.shape, dtype=np.float32))
+    return (gt * 255 + noise * sigma).clamp(0, 255).floor() / 255
+
+
+def line_kernel(length, angle):
+    """A normalised motion kernel (k, k), k odd: a line of `length` px at `angle` radians from the x axis."""
+    half = int(math.ceil(length / 2))
+    kernel = np.zeros((2 * half + 3, 2 * half + 3), dtype=np.float32)
+    for s in np.linspace(-length / 2, length / 2, 4 * half + 1):
+        x, y = half + 1 + s * math.cos(angle), half + 1 + s * math.sin(angle)
+        i, j = int(y), int(x)
+        for di, dj in ((0, 0), (0, 1), (1, 0), (1, 1)):  # bilinear splat
+            kernel[i + di, j + dj] += (1 - abs(y - i - di)) * (1 - abs(x - j - dj))
+    return torch.from_numpy(kernel / kernel.sum())
+
+
+def disk_kernel(radius):
+    """A normalised defocus kernel (k, k): a disk of `radius` px with a soft rim."""
+    half = int(math.ceil(radius))
+    y, x = np.mgrid[-half : half + 1, -half : half + 1]
+    kernel = np.clip(radius + 0.5 - np.hypot(x, y), 0, 1).astype(np.float32)
+    return torch.from_numpy(kernel / kernel.sum())
+
+
+def convolve(image, kernel):
+    """(C, H, W) with one kernel (k, k), borders reflected."""
+    pad = kernel.shape[0] // 2
+    if min(image.shape[-2:]) <= pad:
+        raise DataError(f"an image of {image.shape[2]}×{image.shape[1]} px is too small for a blur of {kernel.shape[0]} px")
+    padded = F.pad(image[:, None], (pad,) * 4, mode="reflect")
+    return F.conv2d(padded, kernel[None, None])[:, 0]
+
+
+def rain(gt, rng):
+    """Streaks of one random angle, length and density, added and clipped."""
+    density, strength = rng.uniform(0.003, 0.015), rng.uniform(0.4, 0.9)
+    length, angle = rng.uniform(9, 25), math.pi / 2 + rng.uniform(-0.6, 0.6)
+    drops = rng.random(gt.shape[1:], dtype=np.float32)
+    drops = torch.from_numpy(np.where(drops < density, rng.random(gt.shape[1:], dtype=np.float32), 0))
+    streaks = convolve(drops[None], line_kernel(length, angle)) * length
+    return quantise(gt + (strength * streaks).clamp(max=0.8))
+
+
+def smooth_field(rng, height, width, cell=96):
+    """A random field (height, width) in [0, 1] that varies over about `cell` px."""
+    grid = rng.random((1, 1, height // cell + 3, width // cell + 3), dtype=np.float32)
+    size = (grid.shape[2] * cell, grid.shape[3] * cell)
+    field = F.interpolate(torch.from_numpy(grid), size, mode="bicubic", align_corners=False)[0, 0]
+    top, left = rng.integers(cell // 2, cell), rng.integers(cell // 2, cell)
+    return field[top : top + height, left : left + width].clamp(0, 1)
+
+
+def haze(gt, rng, depth=None):
+    """The scattering model I = J·t + A(1 − t), t = exp(−β·depth); depth (H, W) in [0, 1], else a smooth random one."""
+    beta, light = rng.uniform(0.8, 2.2), rng.uniform(0.7, 1.0) + rng.uniform(-0.03, 0.03, 3)
+    if depth is None:
+        depth = 0.3 + 0.7 * smooth_field(rng, *gt.shape[1:])
+    t = torch.exp(-beta * depth)
+    light = torch.tensor(light, dtype=torch.float32).clamp(max=1)[:, None, None]
+    return quantise(gt * t + light * (1 - t))
+
+
+def blur(gt, rng):
+    """Motion along a line, or defocus over a disk, in equal parts."""
+    if rng.random() < 0.5:
+        return quantise(convolve(gt, line_kernel(rng.uniform(5, 15), rng.uniform(0, math.pi))))
+    return quantise(convolve(gt, disk_kernel(rng.uniform(1.5, 3.5))))
+
+
+def low_light(gt, rng):
+    """Gamma and gain, then shot noise (variance proportional to the signal) and read noise."""
+    dark = rng.uniform(0.1, 0.4) * gt ** rng.uniform(1.2, 2.0)
+    shot, read = rng.uniform(0.005, 0.02), rng.uniform(0.002, 0.008)
+    noise = torch.from_numpy(rng.standard_normal(gt.shape, dtype=np.float32))
+    return quantise(dark + noise * (shot**2 * dark + read**2).sqrt())
+
+
+def degrade(gt, task, rng, depth=None):
+    """Synthesises `task` on a clean image (3, H, W) in [0, 1]."""
+    if task.startswith("denoise"):
+        return gaussian_noise(gt, rng, int(task.removeprefix("denoise")))
+    if task == "dehaze":
+        return haze(gt, rng, depth)
+    return {"derain": rain, "deblur": blur, "lowlight": low_light}[task](gt, rng)
+
+
+def rng_of(seed, name, epoch):
+    return np.random.default_rng((seed, zlib.crc32(name.encode()), epoch))
+
+
+def load_depth(sample):
+    """The depth (H, W) in [0, 1], 1 the farthest point of the file, that goes with a sample of known disparity."""
+    depth = _read_depth(sample.disparity)
+    left, top, right, bottom = sample.box or (0, 0, depth.shape[1], depth.shape[0])
+    return torch.from_numpy(depth[top:bottom, left:right])
+
+
+@lru_cache(maxsize=2)
+def _read_depth(path):
+    with np.load(path) as file:
+        disparity = file["arr_0"]
+    known = np.isfinite(disparity) & (disparity > 0)
+    nearest = distance_transform_edt(~known, return_distances=False, return_indices=True)  # fills what stereo missed
+    disparity = disparity[tuple(nearest)]
+    return (disparity.min() / disparity).astype(np.float32)
+
+
+def load_pair(sample, seed=0, epoch=0):
+    """(degraded, gt), both (3, H, W) in [0, 1]: the whole image. Synthesised degradations are those of (seed, name, epoch).
+
+    Raises DataError when a file is missing or broken, or the two differ in size.
+    """
+    gt = read_image(sample.gt, sample.box)
+    if sample.degraded:
+        degraded = read_image(sample.degraded, sample.box)
+        if degraded.shape != gt.shape:
+            raise DataError(_size_problem(sample, degraded.shape[:0:-1], gt.shape[:0:-1]))
+        return degraded, gt
+    depth = load_depth(sample) if sample.disparity else None
+    return degrade(gt, sample.task, rng_of(seed, sample.name, epoch), depth), gt
+
+
+def _size_problem(sample, degraded, gt):
+    return f"{sample.degraded} is {degraded[0]}×{degraded[1]} px but its clean image {sample.gt} is {gt[0]}×{gt[1]}"
+
+
+# ------------------------------------------------------------------------------------------------------ sources
+
+
+def natural(path):
+    """Sort key under which 2 comes before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def images_in(folder, recursive=False):
+    """The image files of a folder, naturally sorted; none if there is no such folder."""
+    found = Path(folder).glob("**/*" if recursive else "*")
+    return sorted((p for p in found if p.suffix.lower() in IMAGE_TYPES and not p.name.startswith(".")), key=natural)
+
+
+def pair_up(task, degraded, clean, clean_key, root):
+    """Pairs each degraded file with the clean one whose stem is clean_key(its stem), whatever the extension.
+
+    Returns (samples, problems): what has no partner is named in `problems`.
+    """
+    by_stem = {p.stem: p for p in clean}
+    samples, problems, used = [], [], set()
+    for path in degraded:
+        partner = by_stem.get(clean_key(path.stem))
+        if partner is None:
+            problems.append(f"{path} has no clean image {clean_key(path.stem)}.* beside it")
+        else:
+            used.add(partner)
+            samples.append(Sample(task, str(path.relative_to(root)), str(partner), str(path)))
+    problems += [f"{path} has no degraded image" for path in clean if path not in used]
+    return samples, problems
+
+
+def list_adair_train(root):
+    """AdaIR's training folders under root/Train. Returns (samples, problems)."""
+    train = Path(root) / "Train"
+    clean = images_in(train / "Denoise", recursive=True)
+    samples = [Sample(task, str(p.relative_to(root)), str(p)) for task in TASKS[:3] for p in clean]
+    problems = []
+    for task, degraded, gt, key in (
+        ("derain", "Derain/rainy", "Derain/gt", lambda stem: "no" + stem),
+        ("dehaze", "Dehaze/synthetic", "Dehaze/original", lambda stem: stem.split("_")[0]),
+        ("deblur", "Deblur/blur", "Deblur/sharp", str),
+        ("lowlight", "Enhance/low", "Enhance/gt", str),
+    ):
+        found = pair_up(task, images_in(train / degraded, recursive=True), images_in(train / gt), key, root)
+        samples, problems = samples + found[0], problems + found[1]
+    if not samples:
+        raise DataError(f"{train} holds no pairs in AdaIR's layout (Denoise/, Derain/rainy + gt/, …; see the README)")
+    return samples, problems
+
+
+def list_adair_test(root):
+    """AdaIR's test sets under root/test, and any other folder under root that holds input/ and target/.
+
+    Returns {set name: samples}; clean denoising sets appear once per σ. Raises DataError for a pair without a partner.
+    """
+    root, sets, problems = Path(root), {}, []
+    for folder in sorted(p for p in (root / "test" / "denoise").glob("*") if p.is_dir()):
+        for task in TASKS[:3]:
+            samples = [Sample(task, str(p.relative_to(root)), str(p)) for p in images_in(folder)]
+            sets[f"{folder.name} σ={task.removeprefix('denoise')}"] = samples
+    kinds = {"derain": "derain", "dehaze": "dehaze", "deblur": "deblur", "enhance": "lowlight"}
+    for inputs in sorted(root.glob("**/input")):
+        folder = inputs.parent
+        parts = folder.relative_to(root).parts
+        kind = kinds.get(parts[1]) if len(parts) > 1 and parts[0] == "test" else None
+        name = parts[-1] if parts else root.name
+        task = kind or name
+        key = (lambda stem: stem.split("_")[0]) if kind == "dehaze" else str
+        sets[name], found = pair_up(task, images_in(inputs), images_in(folder / "target"), key, root)
+        problems += found
+    if problems:
+        raise DataError(f"{problems[0]}; {len(problems)} such problem(s) under {root}, and an evaluation leaves nothing out")
+    sets = {name: samples for name, samples in sets.items() if samples}
+    if not sets:
+        raise DataError(f"{root} holds no test images: wanted test/denoise/SET/*, test/derain/SET/{{input,target}}, … or input/ + target/")
+    return sets
+
+
+def list_photos(folder):
+    """Every photo of a plain folder (and below), once per task, all degradations synthesised. Returns (samples, problems)."""
+    samples, problems = [], []
+    for path in images_in(folder, recursive=True):
+        try:
+            w, h = image_size(path)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        side_w, side_h = min(w, PHOTO_WINDOW), min(h, PHOTO_WINDOW)
+        left, top = (w - side_w) // 2, (h - side_h) // 2
+        box = (left, top, left + side_w, top + side_h)
+        samples += [Sample(task, str(path.relative_to(folder)), str(path), box=box) for task in TASKS]
+    return samples, problems
+
+
+def list_embedded(photos, tile=192):
+    """Tiles of the photographs inside the scikit-image wheel, once per task. The motorcycle comes with its true depth."""
+    import skimage.data
+
+    folder, samples = Path(skimage.data.__file__).parent, []
+    for photo in photos:
+        path = folder / photo
+        w, h = image_size(path)
+        for top in range((h % tile) // 2, h - tile + 1, tile):
+            for left in range((w % tile) // 2, w - tile + 1, tile):
+                box, name = (left, top, left + tile, top + tile), f"{path.stem}@{left},{top}"
+                depth = str(folder / "motorcycle_disp.npz") if path.stem == "motorcycle_left" else ""
+                samples += [Sample(task, name, str(path), "", box, depth if task == "dehaze" else "") for task in TASKS]
+    return samples
+
+
+EMBEDDED_TRAIN = ("astronaut.png", "coffee.png", "motorcycle_left.png")  # its right view is the same scene again
+EMBEDDED_HELD_OUT = ("chelsea.png", "rocket.jpg")
+
+
+def list_training(root=None, val_images=12):
+    """The training set and a validation part that is never trained on, as (train, val, problems).
+
+    root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the embedded photographs. From a
+    folder, the last `val_images` images of every task (at most a fifth) are set aside: neighbours in a sorted list are
+    often the same scene. Of the embedded ones, whole photographs are. Raises DataError when there is nothing to train on.
+    """
+    if root is None:
+        return list_embedded(EMBEDDED_TRAIN), list_embedded(EMBEDDED_HELD_OUT), []
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    samples, problems = list_adair_train(root) if (root / "Train").is_dir() else list_photos(root)
+    if not samples:
+        hint = f"; {problems[0]}" if problems else ""
+        raise DataError(f"{root} holds neither AdaIR's Train/ nor any image that can be read{hint}")
+    train, val = [], []
+    for task in TASKS:
+        of_task = [s for s in samples if s.task == task]
+        n = min(val_images, len(of_task) // 5)
+        train, val = train + of_task[: len(of_task) - n], val + of_task[len(of_task) - n :]
+    return train, val, problems
+
+
+def check_headers(samples, min_side):
+    """Splits samples by what their files' headers say: (usable, problems). Nothing is decoded yet."""
+    size = lru_cache(maxsize=None)(image_size)
+    usable, problems = [], []
+    for s in samples:
+        try:
+            gt = size(s.gt)
+            degraded = size(s.degraded) if s.degraded else gt
+            w, h = (s.box[2] - s.box[0], s.box[3] - s.box[1]) if s.box else gt
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if degraded != gt:
+            problems.append(_size_problem(s, degraded, gt))
+        elif min(w, h) < min_side:
+            problems.append(f"{s.gt} is {w}×{h} px, smaller than the crop of {min_side}")
+        else:
+            usable.append(s)
+    return usable, list(dict.fromkeys(problems))
+
+
+# ----------------------------------------------------------------------------------------------- training crops
+
+
+class Crops(torch.utils.data.Dataset):
+    """Crop number n of a training run: (degraded, gt, task, name), images (3, crop, crop) in [0, 1].
+
+    Everything about crop n follows from (seed, n): a resumed run or one with other workers sees the same crops.
+    `fresh` draws a new degradation for every crop (pre-training); otherwise an image keeps the degradation it was
+    mined with and only noise is drawn anew. `cycle` names the tasks to draw in turn, real and synthesised pairs of a
+    task in equal parts; without it an epoch is a permutation of the samples. A file that breaks on decoding gives the
+    DataError instead of a crop.
+    """
+
+    def __init__(self, samples, crop, seed, total, fresh=False, cycle=()):
+        self.samples, self.crop, self.seed, self.total = samples, crop, seed, total
+        self.fresh, self.cycle = fresh, cycle
+        self.groups = defaultdict(lambda: ([], []))  # task -> (synthesised, real)
+        for s in samples:
+            self.groups[s.task][bool(s.degraded)].append(s)
+        self._order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(samples)))
+
+    def __len__(self):
+        return self.total
+
+    def __getstate__(self):  # for workers that are spawned: a cache cannot be pickled
+        return self.samples, self.crop, self.seed, self.total, self.fresh, self.cycle
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
+    def __getitem__(self, n):
+        rng = np.random.default_rng((self.seed, n, 1))
+        epoch, position = divmod(n, len(self.samples))
+        if self.cycle:
+            kinds = [kind for kind in self.groups[self.cycle[n % len(self.cycle)]] if kind]
+            kind = kinds[rng.integers(len(kinds))]
+            sample = kind[rng.integers(len(kind))]
+        else:
+            sample = self.samples[self._order(epoch)[position]]
+        try:
+            degraded, gt = self._fresh_crop(sample, rng) if self.fresh else self._mined_crop(sample, epoch, rng)
+        except DataError as error:
+            return error
+        flips = [d for d in (1, 2) if rng.random() < 0.5]
+        return degraded.flip(flips), gt.flip(flips), sample.task, sample.name
+
+    def _window(self, height, width, rng):
+        top, left = rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
+        return slice(None), slice(top, top + self.crop), slice(left, left + self.crop)
+
+    def _mined_crop(self, sample, epoch, rng):
+        degraded, gt = load_pair(sample, epoch=epoch if sample.task.startswith("denoise") else 0)
+        window = self._window(*gt.shape[1:], rng)
+        return degraded[window], gt[window]
+
+    def _fresh_crop(self, sample, rng, margin=16):
+        if sample.degraded:
+            return self._mined_crop(sample, 0, rng)
+        gt = read_image(sample.gt, sample.box)
+        _, rows, columns = self._window(*gt.shape[1:], rng)
+        top, left = max(rows.start - margin, 0), max(columns.start - margin, 0)  # context for blur and streaks
+        around = gt[:, top : rows.stop + margin, left : columns.stop + margin]
+        degraded = degrade(around, sample.task, rng)
+        inner = (slice(None), slice(rows.start - top, rows.start - top + self.crop), slice(columns.start - left, columns.start - left + self.crop))
+        return degraded[inner], around[inner]
+
+
+def collate(items):
+    """A list of crops -> (degraded (B, 3, H, W), gt, tasks, names, problems); broken crops become `problems`."""
+    good = [item for item in items if not isinstance(item, DataError)]
+    problems = [str(item) for item in items if isinstance(item, DataError)]
+    if not good:
+        return None, None, [], [], problems
+    degraded, gt, tasks, names = zip(*good)
+    return torch.stack(degraded), torch.stack(gt), list(tasks), list(names), problems
+
+
+# ------------------------------------------------------------------------------------------------ scores, hard mining
+
+
+def psnr(y, gt):
+    """PSNR in dB of (3, H, W) against (3, H, W), y clipped to [0, 1] and not quantised; at most 100."""
+    mse = (y.clamp(0, 1) - gt).double().square().mean().item()
+    return min(100.0, -10 * math.log10(mse)) if mse else 100.0
+
+
+def psnr_ssim(y, gt):
+    """AdaIR's figures, by scikit-image: PSNR in dB, and SSIM with a uniform 7×7 window, on RGB floats in [0, 1]."""
+    y, gt = (t.clamp(0, 1).permute(1, 2, 0).numpy() for t in (y, gt))
+    if np.array_equal(y, gt):
+        return 100.0, 1.0
+    ssim = structural_similarity(gt, y, data_range=1, channel_axis=-1)
+    return float(peak_signal_noise_ratio(gt, y, data_range=1)), float(ssim)
+
+
+def multiple_of_16(image):
+    """The centre of an image, its sides cut to multiples of 16: AdaIR's evaluation crop."""
+    h, w = image.shape[-2:]
+    return center_crop(image, [max(h // 16 * 16, min(h, 16)), max(w // 16 * 16, min(w, 16))])
+
+
+def evaluate(restore, samples, desc="evaluate", keep=()):
+    """AdaIR's protocol over `samples`: [{task, name, psnr_in, psnr, ssim}], and the restored images at the indices in `keep`.
+
+    restore: (3, H, W) -> (3, H, W) on the CPU. Noise is seeded per image. Raises DataError for any image it cannot use.
+    """
+    rows, kept = [], {}
+    for i, sample in enumerate(tqdm(samples, desc=desc, unit="image", leave=False)):
+        degraded, gt = (multiple_of_16(t) for t in load_pair(sample))
+        y = restore(degraded)
+        value, similarity = psnr_ssim(y, gt)
+        rows.append(dict(task=sample.task, name=sample.name, psnr_in=psnr(degraded, gt), psnr=value, ssim=similarity))
+        if i in keep:
+            kept[i] = y
+    return rows, kept
+
+
+@lru_cache(maxsize=None)
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sample_digest(sample):
+    """Hash of a sample's contents: its files' bytes (not their times) and what is done with them."""
+    files = [file_digest(p) for p in (sample.gt, sample.degraded, sample.disparity) if p]
+    return hashlib.sha256(repr((sample.task, sample.name, sample.box, files)).encode()).hexdigest()
+
+
+def state_digest(state):
+    """Hash of a state dict's names and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def mine(restore, samples, known=()):
+    """Full-image PSNR of every sample under the pre-trained model: ([{task, name, psnr, digest}], problems).
+
+    restore: (3, H, W) -> (3, H, W). known: {digest: psnr} of an earlier run with the same model, reused where a sample's
+    contents are unchanged. An image that cannot be used is named in `problems` and left out.
+    """
+    rows, problems, known = [], [], dict(known)
+    for sample in tqdm(samples, desc="mining", unit="image", leave=False):
+        try:
+            digest = sample_digest(sample)
+            if digest not in known:
+                degraded, gt = load_pair(sample)
+                known[digest] = psnr(restore(degraded), gt)
+        except (DataError, OSError) as error:
+            problems.append(str(error))
+            continue
+        rows.append(dict(task=sample.task, name=sample.name, psnr=known[digest], digest=digest))
+    return rows, problems
+
+
+def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
+    """Indices of D_hard: of every task (and so of every σ) the `ratio` of `rows` with the lowest PSNR, at least one.
+
+    mode: "hard", "easy" (the highest), "random" or "all"; scope "global" ranks all tasks together, which picks the tasks
+    with low PSNR rather than the failures. Ties go by name. Raises DataError unless 0 < ratio ≤ 1.
+    """
+    if not 0 < ratio <= 1:
+        raise DataError(f"the hard ratio is {ratio}; it must be above 0 and at most 1")
+    if mode == "all":
+        return list(range(len(rows)))
+    groups = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row["task"] if scope == "task" else ""].append(i)
+    chosen = []
+    for members in groups.values():
+        members.sort(key=lambda i: (rows[i]["psnr"] * (-1 if mode == "easy" else 1), rows[i]["task"], rows[i]["name"]))
+        if mode == "random":
+            members = [members[i] for i in np.random.default_rng((seed, len(members))).permutation(len(members))]
+        chosen += members[: max(1, round(ratio * len(members)))]
+    return sorted(chosen)
+
+
+def adair_repeats(samples):
+    """The samples as often as AdaIR's training lists repeat them per epoch."""
+    return [s for s in samples for _ in range(ADAIR_REPEATS.get(s.task, 1))]

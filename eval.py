@@ -1,0 +1,198 @@
+"""Benchmark tables, before | after, in the layout of the paper's Tables 2 and 3; and restoring one's own photos.
+
+    python eval.py --ckpt runs/NAME --data-root data
+    python eval.py restore photo.jpg --ckpt runs/NAME
+"""
+
+import csv
+import io
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import model as adair
+import policy as beta
+import runs
+
+TITLES = {"dehaze": "Dehazing", "derain": "Deraining", "denoise25": "Denoising", "deblur": "Deblurring", "lowlight": "Low-Light"}
+WHOLE_PIXELS = 1 << 20  # photos above this are restored in tiles unless --tile 0 asks otherwise
+
+
+def load(path, device):
+    """(restore, init): the deterministic restorer of a run folder or a checkpoint file, official or ours, and the path of
+    the model a run started from, None if that is unknown."""
+    path = Path(path)
+    file = path / "last.pt" if path.is_dir() else path
+    config = file.parent / "config.json"
+    if path.is_dir() and not file.exists():
+        raise adair.CheckpointError(f"{path} is no run folder: it has no last.pt")
+    checkpoint = adair.read_checkpoint(file)
+    net = adair.load_adair(file).to(device, memory_format=torch.channels_last)
+    policy = beta.load_policy(checkpoint)
+    controller = policy.to(device).mean() if policy else None
+    init = runs.load_json(config)["init"] if policy and config.exists() else None
+    return partial(adair.restore, net, controller=controller), init
+
+
+def evaluate_sets(restorers, sets, tile=None):
+    """{set: {method: rows}} of data.evaluate for every test set and every named restorer."""
+    results = {}
+    for name, samples in sets.items():
+        results[name] = {
+            method: data.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}")[0]
+            for method, restore in restorers.items()
+        }
+        figures = "  ".join(f"{m} {mean(rows, 'psnr'):.2f}/{mean(rows, 'ssim'):.4f}" for m, rows in results[name].items())
+        tqdm.write(f"{name}: {len(samples)} images, input {mean(next(iter(results[name].values())), 'psnr_in'):.2f}  {figures}")
+    return results
+
+
+def mean(rows, key):
+    return float(np.mean([row[key] for row in rows]))
+
+
+def table(results, columns, title):
+    """A table with one row per method and one column per set, PSNR/SSIM, and their average; the gain as last row."""
+    if not columns:
+        return ""
+    methods = list(results[columns[0]])
+    rows = {m: [(mean(results[c][m], "psnr"), mean(results[c][m], "ssim")) for c in columns] for m in methods}
+    rows = {m: [*v, tuple(np.mean(v, axis=0))] for m, v in rows.items()}
+    heads = [*(f"{TITLES.get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
+    width = max(14, *(len(h) + 2 for h in heads))
+    lines = [title, f"{'Method':10}" + "".join(f"{h:>{width}}" for h in heads)]
+    lines += [f"{m:10}" + "".join(f"{f'{p:.2f}/{s:.3f}':>{width}}" for p, s in v) for m, v in rows.items()]
+    if len(methods) == 2:
+        gains = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(*rows.values())]
+        lines.append(f"{'gain':10}" + "".join(f"{f'{p:+.2f}/{s:+.3f}':>{width}}" for p, s in gains))
+    return "\n".join(lines) + "\n"
+
+
+def tables(results):
+    """Table 2 (in-domain, denoising at σ = 25), all noise levels, and Table 3 (every set that is not under test/)."""
+    task_of = {name: next(iter(methods.values()))[0]["task"] for name, methods in results.items()}
+    in_domain = [n for task in TITLES for n in results if task_of[n] == task]
+    noise = [n for n in results if task_of[n].startswith("denoise")]
+    out_of_domain = [n for n in results if task_of[n] not in data.TASKS]
+    parts = (
+        table(results, in_domain, "In domain (layout of Table 2): PSNR/SSIM"),
+        table(results, noise, "Denoising by noise level: PSNR/SSIM"),
+        table(results, out_of_domain, "Out of domain (layout of Table 3): PSNR/SSIM"),
+    )
+    return "\n".join(filter(None, parts))
+
+
+def per_image_csv(results):
+    """One line per image and method, as text."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["set", "method", "task", "image", "psnr_input", "psnr", "ssim"])
+    for name, methods in results.items():
+        for method, rows in methods.items():
+            for r in rows:
+                writer.writerow([name, method, r["task"], r["name"], *(f"{r[k]:.6f}" for k in ("psnr_in", "psnr", "ssim"))])
+    return buffer.getvalue()
+
+
+def summary_csv(results):
+    """One line per set and method: the numbers of the tables."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["set", "method", "images", "psnr_input", "psnr", "ssim"])
+    for name, methods in results.items():
+        for method, rows in methods.items():
+            writer.writerow([name, method, len(rows), *(f"{mean(rows, k):.6f}" for k in ("psnr_in", "psnr", "ssim"))])
+    return buffer.getvalue()
+
+
+def benchmark(args):
+    restore, init = load(args.ckpt, args.device)
+    init = args.before or init
+    restorers = {"before": load(init, args.device)[0], "after": restore} if init else {"model": restore}
+    if not Path(args.data_root).is_dir():
+        raise data.DataError(f"there is no folder {args.data_root}")
+    sets = data.list_adair_test(args.data_root)
+    unknown = [name for name in args.sets or [] if name not in sets]
+    if unknown:
+        raise data.DataError(f"{args.data_root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
+    sets = {name: samples[: args.limit or None] for name, samples in sets.items() if name in (args.sets or sets)}
+    for name, samples in sets.items():
+        _, problems = data.check_headers(samples, 8)
+        if problems:
+            raise data.DataError(f"{problems[0]} (test set {name})")
+    results = evaluate_sets(restorers, sets, args.tile)
+    text = tables(results)
+    if args.limit:
+        text += f"\nOnly the first {args.limit} images of each set (--limit).\n"
+    out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (("eval.txt", text), ("eval.csv", summary_csv(results)), ("eval-images.csv", per_image_csv(results))):
+        runs.write_atomic(out / name, content.encode())
+    print(f"\n{text}\nwritten to {out}: eval.txt, eval.csv, eval-images.csv (one line per image)")
+
+
+def restore_photos(args):
+    restore, _ = load(args.ckpt, args.device)
+    source, out = Path(args.photo), Path(args.out)
+    if not source.exists():
+        raise data.DataError(f"there is no photo or folder {source}")
+    photos = data.images_in(source, recursive=True) if source.is_dir() else [source]
+    if not photos:
+        raise data.DataError(f"{source} holds no image ({', '.join(sorted(data.IMAGE_TYPES))})")
+    base = source if source.is_dir() else source.parent
+    broken = []
+    for photo in tqdm(photos, desc="restore", unit="photo"):
+        target = (out / photo.relative_to(base)).with_suffix(".png")
+        if target.exists() and not args.overwrite:
+            raise data.DataError(f"{target} exists: give --overwrite, or another --out")
+        try:
+            image = data.read_image(photo)
+            if min(image.shape[1:]) < 8:
+                raise data.DataError(f"{photo} is {image.shape[2]}×{image.shape[1]} px; 8 px a side is the least")
+        except data.DataError as error:
+            broken.append(str(error))
+            continue
+        tile = args.tile if args.tile is not None else (512 if image[0].numel() > WHOLE_PIXELS else 0)
+        restored = restore(image, tile=tile or None, progress=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data.write_image(target, restored)
+    for problem in broken:
+        tqdm.write(f"not restored: {problem}")
+    if broken:
+        raise data.DataError(f"{len(broken)} of {len(photos)} photo(s) could not be restored; the others are in {out}")
+    print(f"restored {len(photos)} photo(s) into {out}")
+
+
+def main(argv):
+    benchmarking = argv[:1] != ["restore"]
+    p = runs.Parser(prog="eval.py" if benchmarking else "eval.py restore", description=__doc__, formatter_class=runs.HelpFormatter)
+    p.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file: official AdaIR or ours")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
+    if benchmarking:
+        p.add_argument("--data-root", required=True, help="folder with test/ in AdaIR's layout, or sets with input/ + target/")
+        p.add_argument("--before", help="checkpoint of the 'before' column (default: what the run started from)")
+        p.add_argument("--sets", nargs="+", help="names of the test sets to use (default: all that are found)")
+        p.add_argument("--limit", type=runs.number(int, 0), default=0, help="images per set, the first ones; 0: all")
+        p.add_argument("--tile", type=runs.tile_size, help="restore in tiles of this many px (default: whole images)")
+        p.add_argument("--out", help="folder for the tables (default: beside the checkpoint)")
+    else:
+        p.add_argument("photo", help="an image, or a folder of images")
+        p.add_argument("--out", default="restored", help="folder for the results, written as PNG")
+        p.add_argument("--overwrite", action="store_true", help="replace results that exist")
+        p.add_argument("--tile", type=runs.tile_size, help="px; 0: whole image (default: 512 above 1 MP, else whole)")
+    try:
+        args = p.parse_args(argv if benchmarking else argv[1:])
+        (benchmark if benchmarking else restore_photos)(args)
+    except (data.DataError, adair.CheckpointError, runs.RunError) as error:
+        return p.fail(error)
+    except torch.OutOfMemoryError:
+        return p.fail("the image does not fit into memory: give a --tile (or a smaller one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

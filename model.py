@@ -1,0 +1,472 @@
+"""AdaIR (Cui et al., ICLR 2025), the restorer that IRPO post-trains: four encoder levels, four decoder levels of
+Restormer blocks, and three adaptive frequency learning blocks (AFLB) in the decoder.
+
+Two things are added to the published network and change nothing until they are used: a *controls port*, through
+which someone else decides an AFLB's four controls (r_h, r_l, g_f, g_o), and a second *mask rule*, under which the
+rates r_h, r_l act at every image size. This file knows nothing of who decides, or how.
+
+Parameter names are those of the official checkpoints, so those load as they are (`load_adair`).
+"""
+
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# The original carries these in every AFLB and never uses them: accepted when loading, not kept.
+UNUSED = re.compile(r"fre[123]\.(conv\.weight|score_gen\.weight|score_gen\.bias)")
+
+# The rates of a model whose masks were empty while it was trained, as every official one's at crops of 128. 0.01
+# rounds to an empty mask on images under 200 px, and a Beta distribution of that mean still reaches beyond it.
+EMPTY_RATE = 0.01
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the text says which and why, in one sentence."""
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of (B, C, H, W): biased variance, eps 1e-5."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.body = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def channel_attention(q, k, v, temperature):
+    """Attention between channels ("transposed" attention): (B, C, H, W) each, C split into temperature.shape[0] heads."""
+    b, c, h, w = q.shape
+    q, k, v = (t.reshape(b, temperature.shape[0], -1, h * w) for t in (q, k, v))
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)  # (B, heads, C/heads, C/heads)
+    return ((scores * temperature).softmax(dim=-1) @ v).reshape(b, c, h, w)
+
+
+class Attention(nn.Module):
+    """MDTA, Restormer's self-attention over channels."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
+        return self.project_out(channel_attention(q, k, v, self.temperature))
+
+
+class CrossAttention(nn.Module):
+    """The same with the query from one map and key and value from another."""
+
+    def __init__(self, dim, heads=4):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.q = nn.Conv2d(dim, dim, 1, bias=False)
+        self.q_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.kv = nn.Conv2d(dim, 2 * dim, 1, bias=False)
+        self.kv_dwconv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, bias=False)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x, y):
+        k, v = self.kv_dwconv(self.kv(y)).chunk(2, dim=1)
+        return self.project_out(channel_attention(self.q_dwconv(self.q(x)), k, v, self.temperature))
+
+
+class FeedForward(nn.Module):
+    """GDFN, Restormer's gated feed-forward."""
+
+    def __init__(self, dim, ffn_expansion):
+        super().__init__()
+        hidden = int(dim * ffn_expansion)
+        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x):
+        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        return self.project_out(F.gelu(gate) * value)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, dim, heads, ffn_expansion):
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
+        self.attn, self.ffn = Attention(dim, heads), FeedForward(dim, ffn_expansion)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+class SpatialGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x):
+        pooled = torch.stack((x.amax(dim=1), x.mean(dim=1)), dim=1)  # (B, 2, H, W)
+        return self.spatial(pooled).sigmoid()
+
+
+class ChannelGate(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Conv2d(dim, dim // 16, 1, bias=False), nn.ReLU(), nn.Conv2d(dim // 16, dim, 1, bias=False)
+        )
+
+    def forward(self, x):
+        mean, peak = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+        return (self.mlp(mean) + self.mlp(peak)).sigmoid()
+
+
+class FrequencyRefine(nn.Module):
+    """FMoM: each band gated by what the other holds."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.SpatialGate, self.ChannelGate = SpatialGate(), ChannelGate(dim)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, low, high):
+        return self.proj(high * self.ChannelGate(low) + low * self.SpatialGate(high))
+
+
+def band_mask(half_height, half_width, height, width):
+    """The low-frequency mask of a (height, width) spectrum as `torch.fft.fft2` lays it out.
+
+    half_height, half_width: (B,) integers a, b. Returns (B, 1, height, width) booleans, true on the rows -a ... a-1
+    and the columns -b ... b-1 around the zero frequency: what a centred spectrum holds in H//2 ± a, W//2 ± b.
+    """
+
+    def inside(half, n):
+        k = torch.fft.fftfreq(n, 1 / n, device=half.device).round()  # signed frequency numbers
+        return (k >= -half[:, None]) & (k < half[:, None])  # (B, n)
+
+    return (inside(half_height, height)[:, :, None] & inside(half_width, width)[:, None, :])[:, None]
+
+
+def split_bands(f, mask):
+    """|low| and |high| frequencies of f (B, C, H, W). The bands add up to f before the absolute value is taken."""
+    f = f.float()  # no half-precision FFT for most sizes
+    low = torch.fft.ifft2(torch.fft.fft2(f, norm="forward") * mask, norm="forward")
+    return low.abs(), (f - low).abs()
+
+
+class AFLB(nn.Module):
+    """Adaptive frequency learning block: splits features of the input image into two bands at a mask, lets each attend
+    to the latent, and adds what they say to it.
+
+    `mask_rule` tells how a rate r in (0, 1) becomes the mask's half-size on a map of side H:
+      "adair"     int((H // 128) · r): the original; 0, an empty mask, on every map under 128 px.
+      "fraction"  round(r · H / 2): a share of the spectrum, at every size.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, dim, 3, padding=1, bias=False)
+        self.channel_cross_l, self.channel_cross_h, self.channel_cross_agg = (CrossAttention(dim) for _ in range(3))
+        self.frequency_refine = FrequencyRefine(dim)
+        self.rate_conv = nn.Sequential(
+            nn.Conv2d(dim, dim // 8, 1, bias=False), nn.GELU(), nn.Conv2d(dim // 8, 2, 1, bias=False)
+        )
+        self.para1, self.para2 = nn.Parameter(torch.zeros(dim, 1, 1)), nn.Parameter(torch.ones(dim, 1, 1))
+
+    def half_size(self, rate, side, mask_rule):
+        if mask_rule == "adair":
+            return (side // 128 * rate).int()
+        return (rate * side / 2 + 1e-4).round().int()  # + 1e-4: 0.25 and 0.24999999 agree where r · H / 2 is a tie
+
+    def forward(self, x, y, mask_rule, rates, control=None):
+        """x: input image (B, 3, ·, ·); y: latent (B, C, H, W); rates: (r_h, r_l) of a model without controller;
+        control(f, y) -> (B, 4) with r_h, r_l, g_f, g_o. Returns y' (B, C, H, W)."""
+        h, w = y.shape[-2:]
+        f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
+        if control is not None:
+            r_h, r_l, g_f, g_o = control(f, y).to(y.dtype)[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
+            rate = torch.stack((r_h.flatten(), r_l.flatten()), dim=1)
+        elif mask_rule == "adair":
+            rate = self.rate_conv(f.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
+        else:
+            rate = f.new_tensor(rates).expand(len(f), 2)
+        rate = rate.float()
+        mask = band_mask(self.half_size(rate[:, 0], h, mask_rule), self.half_size(rate[:, 1], w, mask_rule), h, w)
+        low, high = split_bands(f, mask)
+        # The published names are crossed (…_l serves the high band), and so are the published weights.
+        high, low = self.channel_cross_l(high, y), self.channel_cross_h(low, y)
+        o = self.channel_cross_agg(y, self.frequency_refine(low, high))
+        if control is None:
+            return self.para2 * y + self.para1 * o
+        return g_f * (self.para2 * y) + g_o * (self.para1 * o)  # Eq. 5
+
+
+
+class Resample(nn.Module):
+    """3×3 convolution and pixel (un)shuffle: half the size at twice the channels, or the reverse."""
+
+    def __init__(self, dim, conv_out, shuffle):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(dim, conv_out, 3, padding=1, bias=False), shuffle(2))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class Encoding(NamedTuple):
+    """What the encoder made of an image, no action involved: one serves all rollouts of a group."""
+
+    x: torch.Tensor  # the degraded image (B, 3, H, W)
+    skip1: torch.Tensor  # (B, dim, H, W)
+    skip2: torch.Tensor  # (B, 2 dim, H/2, W/2)
+    skip3: torch.Tensor  # (B, 4 dim, H/4, W/4)
+    latent: torch.Tensor  # (B, 8 dim, H/8, W/8)
+
+    def detach(self):
+        return Encoding(*(t.detach() for t in self))
+
+    def repeat(self, n):
+        """Every image n times in a row: (B, …) -> (B n, …)."""
+        return Encoding(*(t.repeat_interleave(n, dim=0) for t in self))
+
+
+class AdaIR(nn.Module):
+    """The network. Defaults are the paper's Table 6 (28,784,824 parameters).
+
+    mask_rule: "adair" (the original) or "fraction"; rates: the constants (r_h, r_l) a model under "fraction" uses
+    when nobody controls it. Both travel with our checkpoints (`config`); see `AFLB`.
+    """
+
+    def __init__(
+        self,
+        dim=48,
+        num_blocks=(4, 6, 6, 8),
+        num_refinement_blocks=4,
+        heads=(1, 2, 4, 8),
+        ffn_expansion=2.66,
+        mask_rule="adair",
+        rates=(EMPTY_RATE, EMPTY_RATE),
+    ):
+        super().__init__()
+        if mask_rule not in ("adair", "fraction"):
+            raise ValueError(f'mask_rule is {mask_rule!r}; it must be "adair" or "fraction"')
+        self.config = dict(
+            dim=dim,
+            num_blocks=list(num_blocks),
+            num_refinement_blocks=num_refinement_blocks,
+            heads=list(heads),
+            ffn_expansion=ffn_expansion,
+            mask_rule=mask_rule,
+            rates=list(rates),
+        )
+
+        def blocks(n, width, level):
+            return nn.Sequential(*(TransformerBlock(width, heads[level - 1], ffn_expansion) for _ in range(n)))
+
+        n1, n2, n3, n4 = num_blocks
+        self.patch_embed = PatchEmbed(dim)
+        self.encoder_level1 = blocks(n1, dim, 1)
+        self.down1_2 = Resample(dim, dim // 2, nn.PixelUnshuffle)
+        self.encoder_level2 = blocks(n2, 2 * dim, 2)
+        self.down2_3 = Resample(2 * dim, dim, nn.PixelUnshuffle)
+        self.encoder_level3 = blocks(n3, 4 * dim, 3)
+        self.down3_4 = Resample(4 * dim, 2 * dim, nn.PixelUnshuffle)
+        self.latent = blocks(n4, 8 * dim, 4)
+
+        self.fre1, self.fre2, self.fre3 = AFLB(8 * dim), AFLB(4 * dim), AFLB(2 * dim)
+        self.up4_3 = Resample(8 * dim, 16 * dim, nn.PixelShuffle)
+        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=False)
+        self.decoder_level3 = blocks(n3, 4 * dim, 3)
+        self.up3_2 = Resample(4 * dim, 8 * dim, nn.PixelShuffle)
+        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=False)
+        self.decoder_level2 = blocks(n2, 2 * dim, 2)
+        self.up2_1 = Resample(2 * dim, 4 * dim, nn.PixelShuffle)
+        self.decoder_level1 = blocks(n1, 2 * dim, 1)
+        self.refinement = blocks(num_refinement_blocks, 2 * dim, 1)
+        self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
+
+    @property
+    def channels(self):
+        """Channels of the latent at each of the three AFLBs, in decoding order."""
+        return [width * self.config["dim"] for width in (8, 4, 2)]
+
+    def encode(self, x):
+        """x: (B, 3, H, W) in [0, 1], H and W multiples of 8. Returns an `Encoding`, which depends on no action."""
+        if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % 8 or x.shape[3] % 8:
+            raise ValueError(f"AdaIR takes (B, 3, H, W) with H, W multiples of 8, not {tuple(x.shape)}; see restore()")
+        skip1 = self.encoder_level1(self.patch_embed(x))
+        skip2 = self.encoder_level2(self.down1_2(skip1))
+        skip3 = self.encoder_level3(self.down2_3(skip2))
+        return Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
+
+    def decode(self, encoding, controller=None):
+        """The restored image (B, 3, H, W), not clamped. At AFLB number `level` (0, 1, 2) `controller(level, f, y)`,
+        f the image's features and y the latent, both (B, C, H, W), returns (B, 4): r_h, r_l, g_f, g_o. Without a
+        controller: the original's gates of 1, and rates by the mask rule."""
+        x = encoding.x
+
+        def aflb(level, y):
+            control = None if controller is None else lambda f, y: controller(level, f, y)
+            block = (self.fre1, self.fre2, self.fre3)[level]
+            return block(x, y, self.config["mask_rule"], self.config["rates"], control)
+
+        y = self.up4_3(aflb(0, encoding.latent))
+        y = self.decoder_level3(self.reduce_chan_level3(torch.cat((y, encoding.skip3), dim=1)))
+        y = self.up3_2(aflb(1, y))
+        y = self.decoder_level2(self.reduce_chan_level2(torch.cat((y, encoding.skip2), dim=1)))
+        y = self.up2_1(aflb(2, y))
+        y = self.decoder_level1(torch.cat((y, encoding.skip1), dim=1))
+        return self.output(self.refinement(y)) + x
+
+    def forward(self, x, controller=None):
+        return self.decode(self.encode(x), controller)
+
+
+@torch.no_grad()
+def restore(model, image, tile=None, controller=None, overlap=32, progress=False):
+    """Restores an image of any size, from 8 px a side up.
+
+    image: (3, H, W) or (B, 3, H, W) in [0, 1], on any device; the result lies beside it, has its shape and is not clamped.
+    controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained model. The image is padded by reflection to a multiple of 8. With `tile` (px, a multiple of 8) it is restored in overlapping tiles that are faded
+    into each other over `overlap` px, which bounds the memory; attention and FFT being global, that changes the numbers.
+    Raises ValueError for a shape or tile it cannot take.
+    """
+    batch = image if image.dim() == 4 else image[None]
+    if batch.dim() != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < 8:
+        raise ValueError(f"restore() takes (3, H, W) or (B, 3, H, W) with sides of 8 px or more, not {tuple(image.shape)}")
+    if tile is not None and (tile % 8 or tile <= 2 * overlap):
+        raise ValueError(f"the tile is {tile} px; it must be a multiple of 8 and more than {2 * overlap}")
+    h, w = batch.shape[-2:]
+    weight = model.output.weight
+    padded = F.pad(batch.to(weight.device, weight.dtype), (0, -w % 8, 0, -h % 8), mode="reflect")
+    if tile is None or max(h, w) <= tile:
+        result = model(padded, controller)
+    else:
+        result = _restore_tiles(model, padded, tile, controller, overlap, progress)
+    return result[..., :h, :w].reshape(image.shape).to(image.device)
+
+
+def _restore_tiles(model, padded, tile, controller, overlap, progress):
+    h, w = padded.shape[-2:]
+
+    def starts(side):
+        step = tile - overlap
+        return [min(i, side - tile) for i in range(0, max(side - overlap, 1), step)] if side > tile else [0]
+
+    def window(n):  # rises and falls over the overlap; never 0, so that every pixel has weight
+        ramp = (torch.arange(n, device=padded.device) + 1.0) / (overlap + 1)
+        return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
+
+    total, weight = torch.zeros_like(padded), torch.zeros_like(padded[:1, :1])
+    corners = [(top, left) for top in starts(h) for left in starts(w)]
+    for top, left in tqdm(corners, desc="tiles", unit="tile", disable=not progress, leave=False):
+        patch = padded[..., top : top + tile, left : left + tile]
+        fade = window(patch.shape[-2])[:, None] * window(patch.shape[-1])
+        total[..., top : top + tile, left : left + tile] += fade * model(patch, controller)
+        weight[..., top : top + tile, left : left + tile] += fade
+    return total / weight
+
+
+def adair_config(state):
+    """Reads AdaIR's configuration off the names and shapes of an official state dict."""
+    dim = len(state["patch_embed.proj.weight"])
+
+    def count(prefix):
+        found = [int(m[1]) for m in (re.match(rf"{prefix}\.(\d+)\.", key) for key in state) if m]
+        return max(found, default=-1) + 1
+
+    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    # hidden = int(dim · expansion): the shortest decimal that gives the hidden width of every level (2.66 for AdaIR)
+    widths = [(dim << i, state[f"{name}.0.ffn.project_out.weight"].shape[1]) for i, name in enumerate(levels)]
+    low, high = max(h / c for c, h in widths), min((h + 1) / c for c, h in widths)
+    candidates = (math.ceil(low * 10**digits) / 10**digits for digits in range(1, 9))
+    return dict(
+        dim=dim,
+        num_blocks=[count(name) for name in levels],
+        num_refinement_blocks=count("refinement"),
+        heads=[len(state[f"{name}.0.attn.temperature"]) for name in levels],
+        ffn_expansion=next(c for c in candidates if c < high),
+    )
+
+
+def read_checkpoint(path):
+    """The object a checkpoint file holds: tensors and plain values only, nothing in it is executed.
+
+    Raises CheckpointError for a file that is missing, is no checkpoint or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise CheckpointError(f"{path} was refused: it holds more than tensors and plain values ({reason})") from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def load_adair(path, mask_rule=None):
+    """The AdaIR stored at `path`, in eval mode and float32: an official checkpoint (Lightning with `net.` keys, a bare
+    state dict, .safetensors) or one of ours, which says its mask rule and rates. An official one is the original
+    (`mask_rule` "adair") unless told otherwise.
+
+    Raises CheckpointError, naming any tensor that is missing, unknown or of the wrong shape.
+    """
+    checkpoint = read_checkpoint(path)
+    config = {}
+    if isinstance(checkpoint, dict) and "model" in checkpoint:
+        state, config = checkpoint["model"], dict(checkpoint.get("config", {}))
+    else:
+        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds no state dict of an AdaIR")
+    state = {key.removeprefix("net."): value for key, value in state.items()}
+    try:
+        config = {**adair_config(state), **config}
+    except (KeyError, StopIteration) as error:
+        raise CheckpointError(f"{path} is not an AdaIR: it has no tensor {error}") from None
+    try:
+        model = AdaIR(**{**config, **({"mask_rule": mask_rule} if mask_rule else {})})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a configuration this AdaIR does not know ({error})") from None
+    problems = state_problems(model, state)
+    if problems:
+        raise CheckpointError(f"{path} is not an AdaIR of {config}: " + "; ".join(problems))
+    model.load_state_dict({k: v for k, v in state.items() if not UNUSED.fullmatch(k)})
+    return model.float().eval()
+
+
+def state_problems(model, state):
+    """One phrase for each kind of tensor that `state` lacks, has too many, or has in another shape."""
+    wanted = model.state_dict()
+    unknown = [k for k in state if k not in wanted and not UNUSED.fullmatch(k)]
+    missing = [k for k in wanted if k not in state]
+    other = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape]
+
+    def phrase(kind, keys):
+        return f"{kind} {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+    return [phrase(k, v) for k, v in (("unknown", unknown), ("missing", missing), ("other shapes", other)) if v]

@@ -1,0 +1,192 @@
+"""The policy: six Beta heads that turn AdaIR's three frequency blocks into 12 random controls per image (Appendix D).
+
+At each AFLB a rate head draws (r_h, r_l), the size of the low-frequency mask, and a fuse head draws (g_f, g_o), the
+weights of Eq. 5. The heads are the policy and the backbone is its environment: states are detached and remembered
+with the actions, so log π can be evaluated for other heads (or later ones) without running the backbone again.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CONTROLS = ("r_h", "r_l", "g_f", "g_o")
+GATE_MEAN = 0.5  # where the gates start: room to move both ways
+EDGE = 1e-4  # actions stay in [EDGE, 1 - EDGE]: finite log-probabilities
+RAW_MAX = 8.0  # raw head outputs stay below: α, β < 1 + e^8 ≈ 2982
+GRID = 4  # a rate head sees the spectrum pooled to GRID × GRID
+HIDDEN = 16
+
+
+def beta_log_prob(a, alpha, beta):
+    """log Beta(a; α, β), elementwise, the summand of Eq. 23. a in (0, 1), α, β > 0."""
+    log_b = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+    return (alpha - 1) * a.log() + (beta - 1) * (-a).log1p() - log_b
+
+
+def beta_entropy(alpha, beta):
+    """Differential entropy of Beta(α, β) in nats, elementwise."""
+    total = alpha + beta
+    log_b = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(total)
+    return (
+        log_b
+        - (alpha - 1) * torch.digamma(alpha)
+        - (beta - 1) * torch.digamma(beta)
+        + (total - 2) * torch.digamma(total)
+    )
+
+
+def beta_kl(alpha1, beta1, alpha2, beta2):
+    """KL(Beta(α1, β1) ‖ Beta(α2, β2)) in nats, elementwise."""
+    total1, total2 = alpha1 + beta1, alpha2 + beta2
+    log_b1 = torch.lgamma(alpha1) + torch.lgamma(beta1) - torch.lgamma(total1)
+    log_b2 = torch.lgamma(alpha2) + torch.lgamma(beta2) - torch.lgamma(total2)
+    return (
+        log_b2
+        - log_b1
+        + (alpha1 - alpha2) * torch.digamma(alpha1)
+        + (beta1 - beta2) * torch.digamma(beta1)
+        + (total2 - total1) * torch.digamma(total1)
+    )
+
+
+def soft_cap(raw):
+    """raw for small values, approaching RAW_MAX from below for large ones; always with a gradient."""
+    return RAW_MAX - F.softplus(RAW_MAX - raw)
+
+
+class BetaHead(nn.Module):
+    """State (B, C, n, n) -> (α, β), each (B, 2), all > 1: one unimodal density for each of two controls."""
+
+    def __init__(self, channels, grid, mean, concentration):
+        super().__init__()
+        self.embed = nn.Conv2d(channels, HIDDEN, 1)
+        self.out = nn.Conv2d(HIDDEN * grid * grid, 4, 1)
+        start = torch.tensor([mean * concentration] * 2 + [(1 - mean) * concentration] * 2)
+        if start.min() <= 1:
+            raise ValueError(f"Beta({start[0]:g}, {start[-1]:g}) is not unimodal: mean {mean} wants a higher concentration")
+        raw = (start - 1).log()  # α = 1 + exp(raw): an Adam step on raw is a relative step in α
+        nn.init.zeros_(self.out.weight)
+        self.out.bias.data = RAW_MAX - (RAW_MAX - raw).expm1().log()  # the inverse of soft_cap
+
+    def forward(self, state):
+        hidden = F.gelu(self.embed(state)).flatten(1)[:, :, None, None]
+        alpha, beta = (1 + soft_cap(self.out(hidden)).exp()).flatten(1).chunk(2, dim=1)
+        return alpha, beta
+
+
+class BetaPolicy(nn.Module):
+    """Six independent heads for a backbone whose AFLBs have `channels` (three numbers) and start at `rates`.
+
+    concentration: α + β of the gates, and of the rates as far as their mean allows. Every control starts where the
+    pre-trained model is: the rates' mean is what the backbone was trained with, and gates act divided by their initial
+    mean, so their deterministic effect is a factor of 1.
+    """
+
+    def __init__(self, channels, rates, concentration=30.0):
+        super().__init__()
+        self.config = dict(channels=list(channels), rates=list(rates), concentration=concentration)
+        rate = rates[0]
+        spread = max(concentration, 1.5 / rate, 1.5 / (1 - rate))  # α = 1.5 at least
+        self.rate = nn.ModuleList(BetaHead(c, GRID, rate, spread) for c in channels)
+        self.fuse = nn.ModuleList(BetaHead(c, 1, GATE_MEAN, concentration) for c in channels)
+
+    def level(self, level, rate_state, fuse_state):
+        """(α, β), each (B, 4) in the order of CONTROLS, of one AFLB. Always float32."""
+        with torch.autocast(fuse_state.device.type, enabled=False):
+            pairs = self.rate[level](rate_state.float()), self.fuse[level](fuse_state.float())
+            return tuple(torch.cat(parameters, dim=1) for parameters in zip(*pairs))
+
+    def forward(self, states):
+        """(α, β), each (B, 3, 4), of stored states (three pairs of rate and fuse state)."""
+        levels = [self.level(i, *state) for i, state in enumerate(states)]
+        return tuple(torch.stack(parameters, dim=1) for parameters in zip(*levels))
+
+    def log_prob(self, states, actions):
+        """log π(a|s) of Eq. 23, (B,), for actions (B, 3, 4)."""
+        return beta_log_prob(actions, *self(states)).sum(dim=(1, 2))
+
+    def sample(self, generator=None):
+        """A controller that draws its actions."""
+        return Controller(self, lambda level, alpha, beta: sample_beta(alpha, beta, generator))
+
+    def mean(self):
+        """A controller that takes the mean of every density: the deterministic policy."""
+        return Controller(self, lambda level, alpha, beta: alpha / (alpha + beta))
+
+    def replay(self, actions):
+        """A controller that repeats stored actions (B, 3, 4)."""
+        return Controller(self, lambda level, alpha, beta: actions[:, level])
+
+    def replay_and_mean(self, actions):
+        """For a batch that holds every image twice in a row: stored actions (B, 3, 4) on the first copy, the mean on the
+        second."""
+
+        def act(level, alpha, beta):
+            mean = alpha / (alpha + beta)
+            return torch.stack((actions[:, level], mean[1::2]), dim=1).flatten(0, 1)
+
+        return Controller(self, act)
+
+    def frozen_copy(self):
+        """π_ref or π_old: the same heads, without gradient."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def sample_beta(alpha, beta, generator=None):
+    """Draws from Beta(α, β) without gradient (a pathwise term would spoil the score-function gradient), inside EDGE."""
+    gammas = torch._standard_gamma(torch.stack((alpha, beta)), generator=generator)
+    return (gammas[0] / gammas.sum(dim=0)).clamp(EDGE, 1 - EDGE)
+
+
+def observe(f, y):
+    """What the heads see of an AFLB's inputs f and y, (B, C, H, W) each; detached, float32.
+
+    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B, C, GRID, GRID).
+    Fuse state: the latent pooled to (B, C, 1, 1) and compressed by sign·log(1 + |·|), whatever its scale.
+    """
+    f, y = f.detach().float(), y.detach().float()
+    spectrum = torch.fft.fftshift(torch.fft.fft2(f, norm="ortho").abs(), dim=(-2, -1)).log1p()
+    pooled = y.mean(dim=(2, 3), keepdim=True)
+    return F.adaptive_avg_pool2d(spectrum, GRID), pooled.sign() * pooled.abs().log1p()
+
+
+class Controller:
+    """What `AdaIR.decode` asks for its controls. Remembers what it saw and did:
+    states, three pairs (rate, fuse); actions, (B, 3, 4) in (0, 1)."""
+
+    def __init__(self, policy, act):
+        self.policy, self.act = policy, act
+        self.states, self._actions = [], []
+
+    @torch.no_grad()
+    def __call__(self, level, f, y):
+        """The controls (B, 4) of AFLB number `level`; gates are divided by their initial mean."""
+        if level == 0:
+            self.states, self._actions = [], []
+        state = observe(f, y)
+        action = self.act(level, *self.policy.level(level, *state))
+        self.states.append(state)
+        self._actions.append(action)
+        return torch.cat((action[:, :2], action[:, 2:] / GATE_MEAN), dim=1)
+
+    @property
+    def actions(self):
+        return torch.stack(self._actions, dim=1)
+
+
+def load_policy(checkpoint):
+    """The policy of a post-trained checkpoint (what `model.read_checkpoint` returns), or None of a pre-trained one."""
+    if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
+        return None
+    policy = BetaPolicy(**checkpoint["policy_config"])
+    policy.load_state_dict(checkpoint["policy"])
+    return policy.eval()
+
+
+def policy_for(model, concentration=30.0):
+    """A fresh policy for a backbone; with it, the deterministic output is what the backbone gives alone."""
+    return BetaPolicy(model.channels, model.config["rates"], concentration)

@@ -1,0 +1,188 @@
+"""The Beta policy against scipy, and against what section 'policy' of the README promises."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_adair
+from scipy import integrate, stats
+
+import model as adair
+import policy as beta
+
+ALPHA = torch.tensor([1.001, 1.5, 2.0, 7.5, 60.0, 900.0])
+BETA = torch.tensor([1.2, 1.001, 2.0, 22.5, 40.0, 1100.0])
+
+
+def scipy_betas():
+    return [stats.beta(a, b) for a, b in zip(ALPHA.double().numpy(), BETA.double().numpy())]
+
+
+@pytest.mark.parametrize("quantile", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_log_prob(quantile):
+    a = torch.tensor([d.ppf(quantile) for d in scipy_betas()])
+    expected = [d.logpdf(x) for d, x in zip(scipy_betas(), a.numpy())]
+    assert np.allclose(beta.beta_log_prob(a, ALPHA.double(), BETA.double()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_entropy():
+    expected = [d.entropy() for d in scipy_betas()]
+    assert np.allclose(beta.beta_entropy(ALPHA.double(), BETA.double()), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_kl_by_quadrature():
+    betas = scipy_betas()
+    for i, p in enumerate(betas):
+        for j, q in enumerate(betas):
+            args = (ALPHA[i], BETA[i], ALPHA[j], BETA[j])
+            got = beta.beta_kl(*(t.double() for t in args)).item()
+            mean, sd = p.mean(), p.std()
+            lo, hi = max(1e-12, mean - 12 * sd), min(1 - 1e-12, mean + 12 * sd)
+            expected = integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), lo, hi, points=[mean], limit=400)[0]
+            assert got == pytest.approx(expected, rel=2e-3, abs=1e-6)
+
+
+def test_float32_is_enough_at_the_bound():
+    """At the largest parameters a head can give, lgamma in float32 must not ruin a log-probability."""
+    a, b = torch.tensor([2900.0]), torch.tensor([2900.0])
+    x = torch.tensor([0.493])
+    assert beta.beta_log_prob(x, a, b).item() == pytest.approx(stats.beta(2900, 2900).logpdf(0.493), abs=0.01)
+
+
+@pytest.fixture
+def setting():
+    net = small_adair()
+    return net, beta.policy_for(net), torch.rand(2, 3, 64, 64)
+
+
+def rollout(net, controller, x):
+    with torch.no_grad():
+        return net(x, controller)
+
+
+def perturb(policy):
+    """Heads that have learned something."""
+    for p in policy.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return policy
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (88, 136)])
+@pytest.mark.parametrize("rates", [(0.25, 0.25), (adair.EMPTY_RATE,) * 2])
+def test_attached_to_a_model_it_changes_nothing(size, rates):
+    net = small_adair(rates=rates)
+    x = torch.rand(1, 3, *size)
+    policy = beta.policy_for(net)
+    assert (rollout(net, policy.mean(), x) - rollout(net, None, x)).abs().max() < 1e-5
+
+
+def test_at_empty_rates_fraction_is_the_published_model_at_128():
+    """Official weights under mask rule "fraction" start where they were trained: with empty masks."""
+    x = torch.rand(1, 3, 128, 128)
+    ours = small_adair("fraction", (adair.EMPTY_RATE,) * 2)
+    assert torch.equal(rollout(ours, None, x), rollout(small_adair("adair"), None, x))
+
+
+def test_starts_at_the_wanted_mean_and_concentration(setting):
+    net, policy, x = setting
+    control = policy.mean()
+    rollout(net, control, x)
+    alpha, b = policy(control.states)
+    assert torch.allclose(alpha + b, torch.full_like(alpha, 30.0), rtol=1e-4)
+    assert torch.allclose(alpha / (alpha + b), torch.tensor([0.25, 0.25, 0.5, 0.5]).expand_as(alpha), rtol=1e-5)
+    assert control.actions.shape == (2, 3, 4)
+
+
+def test_log_prob_is_the_sum_over_levels_and_controls(setting):
+    net, policy, x = setting
+    control = perturb(policy).sample()
+    rollout(net, control, x)
+    alpha, b = (t.detach().numpy() for t in policy(control.states))
+    expected = stats.beta(alpha, b).logpdf(control.actions.numpy()).sum(axis=(1, 2))
+    assert np.allclose(policy.log_prob(control.states, control.actions).detach(), expected, rtol=1e-4)
+
+
+def test_samples_follow_the_density(setting):
+    alpha, b = torch.full((20000,), 7.5), torch.full((20000,), 22.5)
+    generator = torch.Generator().manual_seed(1)
+    assert stats.kstest(beta.sample_beta(alpha, b, generator).numpy(), stats.beta(7.5, 22.5).cdf).pvalue > 0.01
+
+
+def test_samples_have_no_graph_and_stay_inside(setting):
+    alpha = torch.full((1000,), 1.0001, requires_grad=True)
+    a = beta.sample_beta(alpha, 3000 * torch.ones(1000))
+    assert not a.requires_grad and a.min() >= 1e-4 and a.max() <= 1 - 1e-4
+
+
+def test_same_generator_same_actions_and_replay_repeats_the_image(setting):
+    net, policy, x = setting
+    first, second = (policy.sample(torch.Generator().manual_seed(5)) for _ in range(2))
+    y = rollout(net, first, x)
+    assert torch.equal(y, rollout(net, second, x)) and torch.equal(first.actions, second.actions)
+    assert torch.allclose(y, rollout(net, policy.replay(first.actions), x), atol=1e-6)
+
+
+def test_replay_and_mean_in_one_batch(setting):
+    net, policy, x = setting
+    control = perturb(policy).sample()
+    y_best = rollout(net, control, x)
+    y_det = rollout(net, policy.mean(), x)
+    with torch.no_grad():
+        both = net.decode(net.encode(x).repeat(2), policy.replay_and_mean(control.actions)).unflatten(0, (2, 2))
+    assert torch.allclose(both[:, 0], y_best, atol=1e-5) and torch.allclose(both[:, 1], y_det, atol=1e-5)
+
+
+def test_the_heads_learn_alone_and_the_backbone_alone(setting):
+    """No gradient passes from log π to the backbone, nor from an image to the heads."""
+    net, policy, x = setting
+    control = policy.sample()
+    y = net(x, control)
+    y.mean().backward()
+    assert all(p.grad is None for p in policy.parameters())
+    for p in net.parameters():
+        p.grad = None
+    policy.log_prob(control.states, control.actions).sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
+
+
+def test_rate_states_do_not_depend_on_actions_and_fuse_states_do(setting):
+    net, policy, x = setting
+    a, b = policy.sample(torch.Generator().manual_seed(1)), policy.sample(torch.Generator().manual_seed(2))
+    rollout(net, a, x), rollout(net, b, x)
+    assert all(torch.equal(s[0], t[0]) for s, t in zip(a.states, b.states))
+    assert torch.equal(a.states[0][1], b.states[0][1]) and not torch.equal(a.states[2][1], b.states[2][1])
+
+
+def test_heads_stay_float32_under_autocast(setting):
+    _, policy, _ = setting
+    state = (torch.rand(2, 64, 4, 4), torch.rand(2, 64, 1, 1))
+    plain = policy.level(0, *state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = policy.level(0, *(s.bfloat16().float() for s in state))
+    assert all(t.dtype == torch.float32 for t in cast)
+    assert all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(plain, cast))
+
+
+def test_raw_outputs_are_bounded_and_keep_their_gradient():
+    raw = torch.tensor([-3.0, 0.0, 7.9, 12.0, 100.0], requires_grad=True)
+    capped = beta.soft_cap(raw)
+    assert capped.max() <= beta.RAW_MAX and torch.allclose(capped[:2], raw[:2], atol=1e-3)
+    capped.sum().backward()
+    assert (raw.grad[:4] > 0).all()
+
+
+def test_a_reference_copy_stays(setting):
+    _, policy, _ = setting
+    ref = policy.frozen_copy()
+    perturb(policy)
+    assert not any(p.requires_grad for p in ref.parameters())
+    assert not all(torch.equal(p, q) for p, q in zip(policy.parameters(), ref.parameters()))
+
+
+def test_policy_travels_in_a_checkpoint(setting, tmp_path):
+    _, policy, _ = setting
+    perturb(policy)
+    torch.save(dict(policy=policy.state_dict(), policy_config=policy.config), tmp_path / "p.pt")
+    loaded = beta.load_policy(adair.read_checkpoint(tmp_path / "p.pt"))
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), loaded.parameters()))
+    assert beta.load_policy({"model": {}}) is None

@@ -1,0 +1,496 @@
+"""IRPO: GRPO post-training of an image restorer. The loop is `post_train`, one step of it `irpo_step`.
+
+    python train.py --hard-ratio 0.3      post-train the demo model on its hard samples, nothing downloaded
+    python train.py pretrain …            AdaIR's own supervised training, which the demo model came from
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import grpo
+import model as adair
+import policy as beta
+import rewards
+import runs
+
+DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
+
+# What a preset sets; any flag given on the command line wins over it.
+PRESETS = {
+    "demo": dict(steps=200, epochs=0, batch_size=1, lr=3e-5, head_lr_factor=200.0, eval_every=100, rewards="default"),
+    "paper": dict(steps=0, epochs=30, batch_size=1, lr=3e-5, head_lr_factor=6.0, eval_every=5000, rewards="paper"),
+}
+
+
+def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
+    """Forward and backward of one IRPO step; gradients are left in the parameters.
+
+    batch: degraded and gt (B, 3, H, W), B tasks. Returns (metrics, replay): metrics {name: scalar tensor}, and what
+    `policy_step` needs to use the group once more.
+    """
+    degraded, gt, tasks = batch
+    with torch.set_grad_enabled(not args.freeze_backbone):
+        encoding = model.encode(degraded)  # no action in it: one serves the whole group and the deterministic output
+
+    with torch.no_grad():  # the group: G stochastic rollouts per image, no graph
+        rollout = policy.sample(generator)
+        y = model.decode(encoding.detach().repeat(args.group_size), rollout)  # (B·G, 3, H, W)
+        r, terms = reward(y, gt, tasks)  # (B, G), Eq. 22
+    advantages = grpo.group_advantages(r)  # Eq. 8
+    best = grpo.best_of_group(r)  # g*
+    states, actions = rollout.states, rollout.actions
+    metrics = {
+        "reward": r.mean(),
+        "reward_std": r.std(dim=1, correction=0).mean(),
+        "frac_reward_zero_std": (r.std(dim=1, correction=0) < 1e-7).float().mean(),
+        "psnr_in": batch_psnr(degraded, gt),
+    }
+    for name, value in terms.items():
+        metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(correction=0)}
+
+    if args.freeze_backbone:
+        supervised = 0.0
+        metrics["psnr_best"] = batch_psnr(grpo.take(y, best), gt)
+    else:  # the backbone: g* again and the mean action, with graph, as one batch of two per image
+        control = policy.replay_and_mean(grpo.take(actions, best))
+        y_best, y_det = model.decode(encoding.repeat(2), control).unflatten(0, (-1, 2)).unbind(1)
+        l_sup, l_cons = grpo.supervised_losses(y_best, y_det, gt)  # Eq. 1, 2
+        supervised = grpo.total_loss(0.0, l_sup, l_cons, progress)
+        metrics |= {"loss/sup": l_sup, "loss/cons": l_cons}
+        metrics |= {"psnr_best": batch_psnr(y_best, gt), "psnr_det": batch_psnr(y_det, gt)}
+
+    with torch.no_grad():
+        logp_old = policy.log_prob(states, actions)
+        logp_ref = ref.log_prob(states, actions)
+    replay = (states, actions, logp_old, logp_ref, advantages)
+    rl, policy_metrics = policy_loss(policy, ref, replay, args)
+    loss = rl + supervised  # Eq. 7
+    loss.backward()
+    return metrics | policy_metrics | {"loss/total": loss}, replay
+
+
+def policy_loss(policy, ref, replay, args):
+    """L_RL of the heads (Eq. 6) on stored states and actions. Returns (loss, metrics)."""
+    states, actions, logp_old, logp_ref, advantages = replay
+    alpha, beta_ = policy(states)  # (B·G, 3, 4)
+    logp = beta.beta_log_prob(actions, alpha, beta_).sum(dim=(1, 2))  # Eq. 23
+    entropy = beta.beta_entropy(alpha, beta_).sum(dim=(1, 2))
+    exact_kl = None
+    if args.kl == "exact":
+        exact_kl = beta.beta_kl(alpha, beta_, *ref(states)).sum(dim=(1, 2)).view_as(advantages)
+    group = (t.view_as(advantages) for t in (logp, logp_old, logp_ref))
+    loss, metrics = grpo.grpo_loss(
+        *group, advantages, entropy.view_as(advantages), args.clip, args.kl_beta, args.entropy_tau, exact_kl
+    )
+    mean, concentration = (alpha / (alpha + beta_)).mean(dim=0), (alpha + beta_).mean(dim=0)  # (3, 4)
+    for level in range(3):
+        for k, name in enumerate(beta.CONTROLS):
+            metrics[f"policy/{level + 1}.{name}/mean"] = mean[level, k].detach()
+            metrics[f"policy/{level + 1}.{name}/concentration"] = concentration[level, k].detach()
+    return loss, metrics
+
+
+def sft_step(model, policy, batch):
+    """The control: L1 of the deterministic output alone, on the same samples; no rollouts, no reward."""
+    degraded, gt, _ = batch
+    y_det = model(degraded, policy.mean())
+    loss = (y_det - gt).abs().mean()
+    loss.backward()
+    return {"loss/total": loss, "psnr_in": batch_psnr(degraded, gt), "psnr_det": batch_psnr(y_det, gt)}
+
+
+def batch_psnr(y, gt):
+    """Mean PSNR in dB over a batch."""
+    mse = (y.detach().clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return (-10 * mse.log10()).mean()
+
+
+def post_train(args):
+    """The whole method: list, mine, post-train, compare. Returns the run folder."""
+    device = args.device
+    torch.manual_seed(args.seed)
+    run = Path(args.resume) if args.resume else runs.new_folder(args.out)
+    checkpoint = adair.read_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
+
+    # The three things a run is made of: samples, a pre-trained model, a reward.
+    train, val, problems = data.list_training(args.data_root)
+    train, more = data.check_headers(train, args.crop)
+    report_skipped(problems + more)
+    if not train:
+        raise data.DataError(f"none of the training images under {args.data_root} can be used with crops of {args.crop}")
+    pretrained = adair.load_adair(args.init, mask_rule=args.mask_rule).to(device, memory_format=torch.channels_last)
+    terms = rewards.parse_terms(args.rewards)
+    reward = None
+    if args.objective == "irpo":
+        print_terms(rewards.describe_terms(terms))
+        reward = rewards.Reward(terms, device, args.weights_dir)
+        runs.save_json(run / "rewards.json", rewards.describe_terms(terms))
+    runs.save_json(run / "config.json", vars(args))
+
+    # D_hard: the worst of the training set under the pre-trained model.
+    digest = data.state_digest(pretrained.state_dict())
+    before_restore = partial(adair.restore, pretrained)
+    known = known_scores([args.scores, run / "hard.json"], digest)
+    rows, broken = data.mine(before_restore, train, known)
+    report_skipped(broken)
+    if not rows:
+        raise data.DataError(f"none of the training images under {args.data_root} can be read")
+    chosen = data.select(rows, args.hard_ratio, args.select, args.hard_scope, args.seed)
+    by_name = {(s.task, s.name): s for s in train}
+    hard = [by_name[rows[i]["task"], rows[i]["name"]] for i in chosen]
+    for i in chosen:
+        rows[i]["selected"] = True
+    runs.save_json(run / "hard.json", dict(model=digest, ratio=args.hard_ratio, select=args.select, rows=rows))
+    print(f"D_hard: {len(hard)} of {len(rows)} training images ({args.select}, ratio {args.hard_ratio})")
+    if args.select == "all":
+        hard = data.adair_repeats(hard)
+
+    # The policy starts where the pre-trained model is; π_ref stays there.
+    torch.manual_seed(args.seed)
+    model = adair.load_adair(args.init, mask_rule=args.mask_rule).to(device, memory_format=torch.channels_last)
+    policy = beta.policy_for(model, args.concentration).to(device)
+    ref = policy.frozen_copy()
+    groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]
+    if not args.freeze_backbone:
+        # A model without controller asks rate_conv; with one, nobody does.
+        named = [p for name, p in model.named_parameters() if ".rate_conv." not in name]
+        groups.append(dict(params=named, lr=args.lr))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
+    step, best_psnr = 0, -math.inf
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        policy.load_state_dict(checkpoint["policy"])
+        ref.load_state_dict(checkpoint["ref"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, best_psnr = checkpoint["step"], checkpoint["best_psnr"]
+
+    def save(name):
+        weights = dict(model=model.state_dict(), config=model.config, policy=policy.state_dict(), policy_config=policy.config)
+        rest = dict(ref=ref.state_dict(), optimizer=optimizer.state_dict(), step=step, best_psnr=best_psnr)
+        runs.save_checkpoint(run / name, weights | rest)
+
+    pictures = [next(i for i, s in enumerate(val) if s.task == t) for t in dict.fromkeys(s.task for s in val)]
+    before, before_images = data.evaluate(before_restore, val, "before", pictures)
+    after_restore = partial(adair.restore, model, controller=policy.mean())
+    steps = args.steps or math.ceil(args.epochs * len(hard) / args.batch_size)
+    crops = data.Crops(hard, args.crop, args.seed, steps * args.batch_size)
+    loader = data_loader(crops, args.batch_size, step * args.batch_size, args.workers)
+    log = runs.Log(run, step)
+    bar = tqdm(total=steps, initial=step, desc=args.objective, unit="step", smoothing=0.05)
+    for degraded, gt, tasks, names, broken in loader:
+        start = time.perf_counter()
+        report_skipped(broken)
+        if names:
+            batch = (degraded.to(device, memory_format=torch.channels_last), gt.to(device), tasks)
+            optimizer.zero_grad()
+            if args.objective == "irpo":
+                generator = torch.Generator(device).manual_seed((args.seed << 32) + step)
+                metrics, replay = irpo_step(model, policy, ref, reward, batch, args, step / steps, generator)
+                metrics |= optimizer_step(optimizer, names)
+                for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
+                    optimizer.zero_grad()
+                    loss, more = policy_loss(policy, ref, replay, args)
+                    loss.backward()
+                    metrics |= more | optimizer_step(optimizer, names)
+            else:
+                metrics = sft_step(model, policy, batch)
+                metrics |= optimizer_step(optimizer, names)
+            values = torch.stack([v.detach().float() for v in metrics.values()]).tolist()  # one synchronisation
+            metrics = dict(zip(metrics, values)) | {"lr": args.lr, "step_time": time.perf_counter() - start}
+            log.write(step + 1, metrics)
+            shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
+            bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
+        step += 1
+        bar.update()
+        if step % args.eval_every == 0 and step < steps:
+            best_psnr = keep_best(save, data.evaluate(after_restore, val, "validate")[0], best_psnr)
+        if step % args.save_every == 0 or step == steps:
+            save("last.pt")
+    bar.close()
+    log.close()
+
+    # The last checkpoint against the start, on images nothing was trained on or chosen by.
+    after, after_images = data.evaluate(after_restore, val, "after", pictures)
+    keep_best(save, after, best_psnr)
+    write_report(run, args, before, after, val, pictures, before_images, after_images)
+    return run
+
+
+def optimizer_step(optimizer, names):
+    """Adam's step; {"grad_norm": …}. Raises RunError naming the batch if a gradient is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(norm):
+        raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; the last checkpoint is from before it")
+    optimizer.step()
+    return {"grad_norm": norm}
+
+
+def keep_best(save, rows, best_psnr):
+    """Saves best.pt if the mean PSNR over tasks of these validation rows is the highest so far."""
+    values = runs.mean_by_task(rows, "psnr").values()
+    if sum(values) / len(values) > best_psnr:
+        best_psnr = sum(values) / len(values)
+        save("best.pt")
+    return best_psnr
+
+
+def data_loader(crops, batch, start, workers):
+    """Batches of crops number start, start + 1, …"""
+    return DataLoader(crops, batch, sampler=range(start, len(crops)), num_workers=workers, collate_fn=data.collate)
+
+
+def known_scores(sources, digest):
+    """{sample digest: psnr} of earlier minings (a hard.json or its run folder) under the model of this digest."""
+    known = {}
+    for source in filter(None, sources):
+        path = Path(source) / "hard.json" if Path(source).is_dir() else Path(source)
+        if path.exists():
+            stored = runs.load_json(path)
+            known |= {row["digest"]: row["psnr"] for row in stored["rows"]} if stored["model"] == digest else {}
+    return known
+
+
+def report_skipped(problems):
+    for problem in problems:
+        tqdm.write(f"skipped: {problem}")
+    if problems:
+        tqdm.write(f"{len(problems)} image(s) skipped in training, named above")
+
+
+def print_terms(rows):
+    print("reward, Eq. 22: the weights below are renormalised over the terms that are on (--rewards)")
+    print(f"  {'term':6} {'weight':>7} {'paper':>7}")
+    for row in rows:
+        print(f"  {row['term']:6} {row['weight']:7.3f} {row['paper']:7.3f}  {row['state']}")
+
+
+def write_report(run, args, before, after, val, pictures, before_images, after_images):
+    """The before/after table, curves.png, samples.png and report.md; prints the table and where everything lies."""
+    table = runs.before_after_table(before, after)
+    runs.plot_curves(run, runs.read_metrics(run))
+    figures = []
+    for i in pictures:
+        degraded, gt = (data.multiple_of_16(t) for t in data.load_pair(val[i]))
+        figures.append((val[i].task, degraded, before_images[i], after_images[i], gt))
+    runs.plot_samples(run / "samples.png", figures)
+    what = "IRPO" if args.objective == "irpo" else "the SFT control (L1 on the deterministic output)"
+    text = f"""# {what}: before and after, {len(before)} held-out images
+
+{table}
+
+Seed {args.seed}, torch {torch.__version__}, {args.device}. PSNR and SSIM by AdaIR's protocol, deterministic output of the last step.
+Command: `python train.py {" ".join(args.argv)}`
+
+![curves](curves.png)
+![samples](samples.png)
+"""
+    runs.write_atomic(run / "report.md", text.encode())
+    runs.save_json(run / "report.json", dict(before=before, after=after))
+    print(f"\n{table}\n\neverything of this run lies in {run}: report.md, curves.png, samples.png, last.pt, metrics.jsonl")
+
+
+def pretrain(args):
+    """Supervised AdaIR: L1, Adam with warm-up and cosine decay; the result, model.pt, is an average of the weights.
+
+    Killed, the same command goes on where it stopped (bit for bit on the same machine).
+    """
+    sources = [data.list_training(root) for root in filter(None, (args.data_root, args.photos))]
+    samples, val, problems = (sum(parts, []) for parts in zip(*sources or [data.list_training()]))
+    samples, more = data.check_headers(samples, max(args.crop))
+    report_skipped(problems + more)
+    missing = [t for t in args.cycle if t not in {s.task for s in samples}]
+    if missing:
+        raise data.DataError(f"there are no training images for {', '.join(missing)}: give --photos, or leave it out of --cycle")
+
+    torch.manual_seed(args.seed)
+    if args.init:
+        net = adair.load_adair(args.init, mask_rule=args.mask_rule)
+    else:
+        net = adair.AdaIR(args.dim, args.blocks, args.refinement, mask_rule=args.mask_rule, rates=(args.rate, args.rate))
+    net = net.train().to(args.device, memory_format=torch.channels_last)
+    averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
+    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=averaging)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+
+    run = Path(args.out)
+    run.mkdir(parents=True, exist_ok=True)
+    step = 0
+    if (run / "pretrain.pt").exists():
+        state = adair.read_checkpoint(run / "pretrain.pt")
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["opt"])
+        step = state["step"]
+        print(f"{run} goes on at step {step} of {args.steps}")
+
+    def stage(step):  # the last quarter sees the larger crop, in batches of about the same number of pixels
+        crop = args.crop[-1] if step >= args.steps * 3 // 4 else args.crop[0]
+        return crop, max(1, args.batch_size * args.crop[0] ** 2 // crop**2)
+
+    with open(run / "pretrain.jsonl", "a") as log:
+        bar = tqdm(total=args.steps, initial=step, desc="pretrain", smoothing=0.02)
+        while step < args.steps:
+            crop, batch = stage(step)
+            end = next((s for s in range(step, args.steps) if stage(s) != (crop, batch)), args.steps)
+            crops = data.Crops(samples, crop, args.seed, end * batch, fresh=True, cycle=args.cycle)
+            for degraded, gt, _, names, broken in data_loader(crops, batch, step * batch, args.workers):
+                report_skipped(broken)
+                warm_up, decay = min(1, (step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+                optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
+                if names:
+                    degraded = degraded.to(args.device, memory_format=torch.channels_last)
+                    loss = (net(degraded) - gt.to(args.device)).abs().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                    optimizer.step()
+                    ema.update_parameters(net)
+                step += 1
+                bar.update()
+                if step % 20 == 0:
+                    bar.set_postfix(l1=f"{loss.item():.4f}", crop=crop)
+                    print(json.dumps(dict(step=step, l1=loss.item(), crop=crop)), file=log, flush=True)
+                if step % args.save_every == 0 or step == args.steps:
+                    state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step)
+                    runs.save_checkpoint(run / "pretrain.pt", state)
+                    runs.save_checkpoint(run / "model.pt", dict(model=ema.module.state_dict(), config=net.config))
+        bar.close()
+    rows, _ = data.evaluate(partial(adair.restore, ema.module.eval()), val, "validate")
+    for kind, chosen in (("pairs of files", True), ("synthesised", False)):
+        real = {(s.task, s.name) for s in val if bool(s.degraded) == chosen}
+        part = [row for row in rows if (row["task"], row["name"]) in real]
+        print(f"\nvalidation, {kind}\n{runs.gain_table(part)}" if part else f"\nvalidation, {kind}: none")
+    print(f"\nthe model is {run / 'model.pt'}")
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def post_train_parser():
+    p = runs.Parser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`train.py pretrain --help` lists the flags of supervised pre-training.",
+    )
+    demo, paper = PRESETS["demo"], PRESETS["paper"]
+
+    def add(flag, default, help, type=None, **rest):
+        key = flag[2:].replace("-", "_")
+        if key in demo:
+            shown = f"(default: {demo[key]}; preset paper: {paper[key]})"
+            default = argparse.SUPPRESS
+        else:
+            shown = f"(default: {default})"
+        rest |= {"type": type} if type else {}
+        p.add_argument(flag, default=default, help=f"{help} {shown}", **rest)
+
+    add("--preset", "demo", "demo: minutes on two CPU cores; paper: Table 6", choices=PRESETS)
+    add("--data-root", None, "AdaIR's data folder, or a folder of photos; default: photographs inside scikit-image")
+    add("--init", str(DEMO_MODEL), "pre-trained AdaIR to start from, official or ours")
+    add("--out", None, "run folder to create; default: runs/OBJECTIVE-DATE-TIME")
+    add("--resume", None, "run folder to continue, with its own settings")
+    add("--objective", "irpo", "irpo: Eq. 7; sft: the control, L1 on the deterministic output", choices=("irpo", "sft"))
+    add("--seed", 0, "of crops and actions", runs.number(int, 0, 2**31 - 1))
+    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, …")
+    add("--workers", 0, "processes that load images", runs.number(int, 0, 256))
+    add("--hard-ratio", 0.3, "share of the training set in D_hard, Sec. 3.2, Table 6", runs.number(float, 0, 1, open_low=True))
+    add("--select", "hard", "which samples, Fig. 5", choices=("hard", "random", "easy", "all"))
+    add("--hard-scope", "task", "rank within each task and noise level, or all together", choices=("task", "global"))
+    add("--scores", None, "earlier run whose mining is reused where model and images are the same")
+    add("--steps", None, "updates; 0: by --epochs", runs.number(int, 0))
+    add("--epochs", None, "passes over D_hard, Table 6", runs.number(int, 0))
+    add("--batch-size", None, "images per update, each with a group of its own, Table 6", runs.number(int, 1))
+    add("--crop", 128, "px, a multiple of 8, Table 6", runs.number(int, 16))
+    add("--group-size", 4, "G, rollouts per image, Table 5", runs.number(int, 1))
+    add("--lr", None, "Adam's rate for the backbone, Table 6", runs.number(float, 0))
+    add("--head-lr-factor", None, "the heads' rate over --lr; the paper's 6 is made for 10⁵ updates", runs.number(float, 0))
+    add("--concentration", 30.0, "α + β the gates start with", runs.number(float, 2, 1e4, open_low=True))
+    add("--freeze-backbone", False, "train the heads alone, without Eq. 1 and 2", action="store_true")
+    add("--clip", 0.2, "ϵ of Eq. 6", runs.number(float, 0))
+    add("--kl-beta", 0.04, "β of Eq. 6", runs.number(float, 0))
+    add("--entropy-tau", 0.01, "τ of Eq. 6, Table 6", runs.number(float, 0))
+    add("--kl", "sample", "Eq. 11, or the closed form", choices=("sample", "exact"))
+    add("--inner-epochs", 1, "updates of the heads per group; above 1 the clip can bind", runs.number(int, 1))
+    add("--rewards", None, "terms of Eq. 22: default, paper, or a list as psnr,ssim=0.3,task")
+    add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
+    add("--mask-rule", "fraction", "how rates become masks (README, deviations)", choices=("fraction", "adair"))
+    add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
+    add("--save-every", 50, "steps between checkpoints", runs.number(int, 1))
+    return p
+
+
+def pretrain_parser():
+    p = runs.Parser(prog="train.py pretrain", description=pretrain.__doc__, formatter_class=runs.HelpFormatter)
+    p.add_argument("--data-root", help="AdaIR's data folder; default: photographs inside scikit-image")
+    p.add_argument("--photos", help="folder of photos on which all tasks are synthesised besides")
+    p.add_argument("--init", help="AdaIR to start from; default: from scratch")
+    p.add_argument("--out", default="runs/pretrain", help="run folder, created or continued")
+    p.add_argument("--dim", type=runs.number(int, 8), default=48, help="channels, Table 6")
+    p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, default=[4, 6, 6, 8], help="transformer blocks, Table 6")
+    p.add_argument("--refinement", type=runs.number(int, 1), default=4, help="refinement blocks, Table 6")
+    p.add_argument("--mask-rule", choices=("fraction", "adair"), default="fraction", help="how rates become masks")
+    p.add_argument("--rate", type=runs.number(float, 0, 1), default=0.25, help="the constant r_h, r_l under --mask-rule fraction")
+    p.add_argument("--crop", type=runs.number(int, 16), nargs="+", default=[64, 128], help="px; the last quarter uses the last")
+    p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step at the first crop size")
+    p.add_argument("--steps", type=runs.number(int, 1), default=4200, help="updates")
+    p.add_argument("--lr", type=runs.number(float, 0), default=1e-3, help="Adam's peak rate")
+    p.add_argument("--ema", type=runs.number(float, 0, 1), default=0.998, help="decay of the averaged weights")
+    p.add_argument("--cycle", nargs="+", choices=data.TASKS, default=list(data.TASKS), metavar="TASK", help="tasks drawn in turn")
+    p.add_argument("--save-every", type=runs.number(int, 1), default=100, help="steps between checkpoints")
+    p.add_argument("--workers", type=runs.number(int, 0), default=0, help="processes that load images")
+    p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
+    return p
+
+
+def parse(argv):
+    """Arguments of a post-training run: command line over preset, or the stored ones of a resumed run."""
+    parser = post_train_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        if len(argv) > (1 if "=" in argv[0] else 2):
+            parser.error("a resumed run keeps its settings: give --resume RUN alone")
+        config = Path(args.resume) / "config.json"
+        if not config.exists():
+            parser.error(f"{args.resume} is no run folder: it has no config.json")
+        return argparse.Namespace(**{**runs.load_json(config), "resume": args.resume})
+    for key, value in PRESETS[args.preset].items():
+        if not hasattr(args, key):
+            setattr(args, key, value)
+    if not args.steps and not args.epochs:
+        parser.error("--steps and --epochs are both 0: nothing would be trained")
+    if args.crop % 8:
+        parser.error(f"--crop is {args.crop}; it must be a multiple of 8")
+    args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.argv = argv
+    return args
+
+
+def main(argv):
+    parser = post_train_parser()
+    try:
+        if argv[:1] == ["pretrain"]:
+            pretrain(pretrain_parser().parse_args(argv[1:]))
+        else:
+            post_train(parse(argv))
+    except (data.DataError, rewards.RewardError, adair.CheckpointError, runs.RunError) as error:
+        return parser.fail(error)
+    except KeyboardInterrupt:
+        return parser.fail("stopped; --resume RUN goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
