@@ -341,8 +341,9 @@ def list_training(root=None, val_images=12):
     """The training set and a validation part that is never trained on, as (train, val, problems).
 
     root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the embedded photographs. From a
-    folder, the last `val_images` images of every task (at most a fifth) are set aside: neighbours in a sorted list are
-    often the same scene. Of the embedded ones, whole photographs are. Raises DataError when there is nothing to train on.
+    folder, the last `val_images` images of every task (at most a fifth, at least one) are set aside: neighbours in a
+    sorted list are often the same scene. Of the embedded ones, whole photographs are. Raises DataError when there is
+    nothing to train on or nothing to set aside.
     """
     if root is None:
         return list_embedded(EMBEDDED_TRAIN), list_embedded(EMBEDDED_HELD_OUT), []
@@ -356,8 +357,10 @@ def list_training(root=None, val_images=12):
     train, val = [], []
     for task in TASKS:
         of_task = [s for s in samples if s.task == task]
-        n = min(val_images, len(of_task) // 5)
+        n = min(val_images, max(len(of_task) // 5, 1), max(len(of_task) - 1, 0))
         train, val = train + of_task[: len(of_task) - n], val + of_task[len(of_task) - n :]
+    if not val:
+        raise DataError(f"{root} holds one image per task: at least two are needed, one of them to measure on")
     return train, val, problems
 
 

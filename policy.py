@@ -62,8 +62,8 @@ class BetaHead(nn.Module):
 
     def __init__(self, channels, grid, mean, concentration):
         super().__init__()
-        self.embed = nn.Conv2d(channels, HIDDEN, 1)
-        self.out = nn.Conv2d(HIDDEN * grid * grid, 4, 1)
+        self.embed = nn.Conv2d(channels * grid * grid, HIDDEN, 1)
+        self.out = nn.Conv2d(HIDDEN, 4, 1)
         start = torch.tensor([mean * concentration] * 2 + [(1 - mean) * concentration] * 2)
         if start.min() <= 1:
             raise ValueError(f"Beta({start[0]:g}, {start[-1]:g}) is not unimodal: mean {mean} wants a higher concentration")
@@ -72,8 +72,8 @@ class BetaHead(nn.Module):
         self.out.bias.data = RAW_MAX - (RAW_MAX - raw).expm1().log()  # the inverse of soft_cap
 
     def forward(self, state):
-        hidden = F.gelu(self.embed(state)).flatten(1)[:, :, None, None]
-        alpha, beta = (1 + soft_cap(self.out(hidden)).exp()).flatten(1).chunk(2, dim=1)
+        raw = self.out(F.gelu(self.embed(state.flatten(1)[:, :, None, None])))
+        alpha, beta = (1 + soft_cap(raw).exp()).flatten(1).chunk(2, dim=1)
         return alpha, beta
 
 

@@ -1,0 +1,319 @@
+"""train.py and eval.py as a user meets them: whole runs on tiny images, kill and resume, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_adair
+from PIL import Image
+from test_data import write
+
+import data
+import eval as evaluation
+import model as adair
+import policy as beta
+import rewards
+import train
+
+RUN_FILES = ("config.json", "rewards.json", "hard.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "samples.png", "report.md")
+
+
+@pytest.fixture
+def init(tmp_path):
+    net = small_adair(para1=0.1)
+    torch.save(dict(model=net.state_dict(), config=net.config), tmp_path / "init.pt")
+    return tmp_path / "init.pt"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(5):
+        write(tmp_path / f"photos/{i}.png", width=64, height=48, seed=i)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def small(init, photos, tmp_path):
+    """Flags of a run that takes seconds."""
+
+    def flags(name, *more):
+        base = ("--init", init, "--data-root", photos, "--out", tmp_path / name, "--crop", 32, "--save-every", 4, "--eval-every", 5)
+        return [str(v) for v in (*base, "--steps", 10, "--device", "cpu", *more)]
+
+    return flags
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_everything_a_run_folder_has(small, tmp_path, capsys):
+    assert train.main(small("run")) is None
+    run, out = tmp_path / "run", capsys.readouterr().out
+    assert all((run / name).stat().st_size > 0 for name in RUN_FILES) and list(run.glob("events.out.tfevents*"))
+    rows = metrics(run)
+    assert [r["step"] for r in rows] == list(range(1, 11))
+    wanted = "reward reward_std frac_reward_zero_std kl entropy clip_ratio advantage_abs ratio loss/total loss/rl loss/sup loss/cons"
+    wanted += " psnr_best psnr_det grad_norm lr step_time rewards/psnr/mean rewards/task/std policy/1.r_h/mean policy/3.g_o/concentration"
+    assert not set(wanted.split()) - set(rows[0])
+    assert all(r["ratio"] == pytest.approx(1) and r["clip_ratio"] == 0 for r in rows)  # on policy
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] != 0
+    assert "clip" in out and "renormalised" in out and "mean of tasks" in out and str(run) in out
+    stored = {r["term"]: r for r in json.loads((run / "rewards.json").read_text())}
+    assert stored["psnr"]["weight"] == pytest.approx(0.381) and stored["lpips"]["weight"] == 0
+    hard = json.loads((run / "hard.json").read_text())["rows"]
+    assert sum(r.get("selected", False) for r in hard) == 7  # 4 training images, 30 % of them, for each of 7 tasks
+
+
+def test_before_is_the_pre_trained_model(small, init, tmp_path):
+    """The report's "before" equals scoring the pre-trained checkpoint by hand, and "after" the stored one."""
+    train.main(small("run"))
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    val = data.list_training(tmp_path / "photos")[1]
+    net = adair.load_adair(init)
+    expected, _ = data.evaluate(lambda x: adair.restore(net, x), val)
+    assert [r["psnr"] for r in report["before"]] == pytest.approx([r["psnr"] for r in expected], abs=1e-3)
+    restore, _ = evaluation.load(tmp_path / "run", "cpu")
+    after, _ = data.evaluate(restore, val)
+    assert [r["psnr"] for r in report["after"]] == pytest.approx([r["psnr"] for r in after], abs=1e-3)
+    assert report["before"] != report["after"]
+
+
+def test_the_sft_control_moves_the_backbone_alone(small, init, tmp_path):
+    train.main(small("sft", "--objective", "sft"))
+    stored = adair.read_checkpoint(tmp_path / "sft/last.pt")
+    start = beta.policy_for(adair.load_adair(init)).state_dict()
+    assert all(torch.equal(v, start[k]) for k, v in stored["policy"].items() if "out" in k)
+    assert not torch.equal(stored["model"]["output.weight"], adair.load_adair(init).state_dict()["output.weight"])
+    assert not (tmp_path / "sft/rewards.json").exists()
+
+
+def test_a_frozen_backbone_stays(small, init, tmp_path):
+    train.main(small("frozen", "--freeze-backbone", "--inner-epochs", 3, "--kl", "exact"))
+    stored = adair.read_checkpoint(tmp_path / "frozen/last.pt")
+    assert all(torch.equal(v, stored["model"][k]) for k, v in adair.load_adair(init).state_dict().items())
+    rows = metrics(tmp_path / "frozen")
+    assert any(abs(r["ratio"] - 1) > 1e-4 for r in rows)  # a group used three times is off policy
+    assert rows[0]["kl"] > 0
+
+
+def test_rollouts_obey_the_spread_that_the_heads_start_with(tmp_path):
+    """On the demo model: the rollouts' mean PSNR within 0.5 dB of the deterministic output, and rewards that differ."""
+    net = adair.load_adair(train.DEMO_MODEL)
+    policy = beta.policy_for(net)
+    reward = rewards.Reward(rewards.parse_terms("default"))
+    samples = [s for s in data.list_embedded(data.EMBEDDED_HELD_OUT) if s.name.endswith(("chelsea@34,54", "rocket@32,21"))]
+    losses, spreads = [], []
+    for sample in samples:
+        degraded, gt = (t[None, :, :128, :128] for t in data.load_pair(sample))
+        with torch.no_grad():
+            encoding = net.encode(degraded)
+            y_det = net.decode(encoding, policy.mean())
+            group = net.decode(encoding.repeat(8), policy.sample(torch.Generator().manual_seed(0)))
+        losses.append(data.psnr(y_det[0], gt[0]) - np.mean([data.psnr(y, gt[0]) for y in group]))
+        spreads.append(reward(group, gt, [sample.task])[0].std().item())
+    assert len(samples) >= 7
+    assert np.mean(losses) < 0.5, losses
+    assert min(spreads) > 1e-4, spreads
+
+
+# ------------------------------------------------------------------------------------------------ kill and resume
+
+
+def start(flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("objective", ["irpo", "sft"])
+def test_killed_and_resumed_it_ends_with_the_same_weights(small, tmp_path, objective):
+    finish(start(small("whole", "--objective", objective)))
+    killed = start(small("killed", "--objective", objective, "--steps", 10))
+    log, deadline = tmp_path / "killed/metrics.jsonl", time.time() + 200
+    while time.time() < deadline and (not log.exists() or log.read_text().count("\n") < 6):
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    stopped_at = adair.read_checkpoint(tmp_path / "killed/last.pt")["step"]
+    assert 0 < stopped_at < 10, "the kill came too late to show anything"
+    finish(start(["--resume", str(tmp_path / "killed")]))
+    whole, resumed = (adair.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    for part in ("model", "policy", "ref"):
+        assert all(torch.equal(v, resumed[part][k]) for k, v in whole[part].items())
+    assert [r["step"] for r in metrics(tmp_path / "killed")] == list(range(1, 11))
+    same = [{k: v for k, v in r.items() if k != "step_time"} for r in metrics(tmp_path / "whole")]
+    assert same == [{k: v for k, v in r.items() if k != "step_time"} for r in metrics(tmp_path / "killed")]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    assert reports[0] == reports[1]
+
+
+def test_pretraining_killed_and_resumed(photos, tmp_path):
+    def flags(name):
+        size = "--dim 8 --blocks 1 1 1 1 --refinement 1 --crop 16 32 --batch-size 4 --steps 12 --save-every 3 --device cpu"
+        return ["pretrain", "--data-root", str(photos), "--out", str(tmp_path / name), *size.split()]
+
+    finish(start(flags("whole")))
+    killed = start(flags("killed"))
+    deadline = time.time() + 200
+    while time.time() < deadline and not (tmp_path / "killed/pretrain.pt").exists():
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    finish(start(flags("killed")))
+    whole, resumed = (adair.read_checkpoint(tmp_path / name / "model.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+    assert adair.load_adair(tmp_path / "whole/model.pt").config["rates"] == [0.25, 0.25]
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(capsys, main, argv):
+    """The one sentence on standard error of a command that must end with exit code 2."""
+    capsys.readouterr()
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and "Traceback" not in "".join(error)
+    return error[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--hard-ratio", "0"], "--hard-ratio: it is 0; it must be above 0 and at most 1"),
+        (["--hard-ratio", "1.5"], "--hard-ratio: it is 1.5"),
+        (["--hard-ratio", "much"], "is not a number"),
+        (["--crop", "100"], "--crop is 100; it must be a multiple of 8"),
+        (["--rewards", "beauty"], "no term 'beauty'"),
+        (["--data-root", "/nowhere"], "there is no folder /nowhere"),
+        (["--init", "/nowhere.pt"], "there is no checkpoint /nowhere.pt"),
+        (["--group-size", "0"], "--group-size: it is 0"),
+        (["--steps", "0", "--epochs", "0"], "nothing would be trained"),
+        (["--colour", "red"], "unrecognized arguments"),
+    ],
+)
+def test_impossible_flags_are_one_sentence(small, capsys, flags, words):
+    assert words in fails(capsys, train.main, small("run", *flags))
+
+
+def test_resume_wants_a_run_folder_and_nothing_else(small, capsys):
+    assert "/nowhere is no run folder" in fails(capsys, train.main, ["--resume", "/nowhere"])
+    assert "keeps its settings" in fails(capsys, train.main, small("run", "--resume", "/nowhere"))
+
+
+def test_an_existing_run_folder_is_left_alone(small, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("precious")
+    assert "exists: continue it with --resume" in fails(capsys, train.main, small("run"))
+    assert (tmp_path / "run/notes.txt").read_text() == "precious"
+
+
+def test_another_models_checkpoint(small, tmp_path, capsys):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
+    assert "is not an AdaIR" in fails(capsys, train.main, small("run", "--init", tmp_path / "linear.pt"))
+
+
+def test_broken_images_are_named_and_counted_and_the_run_goes_on(small, photos, tmp_path, capsys):
+    path = photos / "1.png"
+    path.write_bytes(path.read_bytes()[:400])  # header intact, pixels cut off
+    (photos / "2.png").write_bytes(b"nothing")
+    write(photos / "3.png", width=24, height=24)
+    assert train.main(small("run", "--select", "all", "--steps", 3)) is None
+    printed = "".join(capsys.readouterr())
+    assert "1.png cannot be read" in printed and "2.png cannot be read" in printed
+    assert "3.png is 24×24 px, smaller than the crop of 32" in printed and "skipped in training" in printed
+
+
+def test_nothing_usable_is_an_error(small, photos, capsys):
+    assert "none of the training images" in fails(capsys, train.main, small("run", "--crop", 128))
+    for path in photos.iterdir():
+        path.unlink()
+    assert "neither AdaIR's Train/ nor any image" in fails(capsys, train.main, small("other"))
+
+
+# ------------------------------------------------------------------------------------------------------- eval.py
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Test sets of all five tasks and one out-of-domain set, two images each."""
+    root = tmp_path / "bench"
+    for i in range(2):
+        write(root / f"test/denoise/bsd68/{i}.png", seed=i)
+        for folder in ("test/derain/Rain100L", "test/dehaze/SOTS", "test/deblur/gopro", "test/enhance/lol", "real"):
+            write(root / folder / f"input/{i}.png", seed=i + 5), write(root / folder / f"target/{i}.png", seed=i)
+    return root
+
+
+def test_benchmark_tables(small, bench, tmp_path, capsys):
+    train.main(small("run", "--steps", 2))
+    assert evaluation.main(["--ckpt", str(tmp_path / "run"), "--data-root", str(bench), "--device", "cpu"]) is None
+    text, rows = (tmp_path / "run/eval.txt").read_text(), (tmp_path / "run/eval.csv").read_text().splitlines()
+    assert all(w in text for w in ("Dehazing SOTS", "Low-Light lol", "Average", "before", "after", "gain", "Out of domain", "real"))
+    assert len(rows) == 1 + 2 * 8 and len((tmp_path / "run/eval-images.csv").read_text().splitlines()) == 1 + 2 * 2 * 8
+    set_, method, n, psnr_in, psnr, ssim = next(r for r in rows if r.startswith("gopro,before")).split(",")
+    net = adair.load_adair(tmp_path / "init.pt")
+    expected = []
+    for i in range(2):
+        degraded, gt = (data.multiple_of_16(data.read_image(bench / f"test/deblur/gopro/{k}/{i}.png")) for k in ("input", "target"))
+        expected.append(data.psnr_ssim(adair.restore(net, degraded), gt))
+    assert (float(psnr), float(ssim)) == pytest.approx(tuple(np.mean(expected, axis=0)), abs=1e-3)
+
+
+def test_evaluation_leaves_nothing_out(init, bench, capsys):
+    flags = ["--ckpt", init, "--data-root", bench, "--device", "cpu"]
+    write(bench / "real/input/0.png", width=48)
+    assert "0.png is 48×64 px but its clean image" in fails(capsys, evaluation.main, flags)
+    (bench / "real/input/0.png").unlink()
+    assert "has no degraded image" in fails(capsys, evaluation.main, flags)
+    assert "has no test set 'x'" in fails(capsys, evaluation.main, [*flags[:3], bench / "test/derain", "--sets", "x"])
+    assert "there is no folder" in fails(capsys, evaluation.main, [*flags[:3], "/nowhere"])
+
+
+def test_restore_a_folder_and_refuse_to_overwrite(init, photos, tmp_path, capsys):
+    write(tmp_path / "photos/sub/grey.png", pixels=np.full((41, 33), 90, dtype=np.uint8))
+    out = tmp_path / "out"
+    flags = ["restore", photos, "--ckpt", init, "--out", out, "--device", "cpu"]
+    assert evaluation.main([str(f) for f in flags]) is None
+    assert Image.open(out / "sub/grey.png").size == (33, 41) and len(list(out.rglob("*.png"))) == 6
+    expected = adair.restore(adair.load_adair(init), data.read_image(photos / "0.png"))
+    assert (data.read_image(out / "0.png") - expected.clamp(0, 1)).abs().max() < 0.51 / 255 + 1e-4  # rounded, not truncated
+    assert "exists: give --overwrite" in fails(capsys, evaluation.main, flags)
+    assert evaluation.main([str(f) for f in [*flags, "--overwrite", "--tile", "72"]]) is None
+
+
+def test_restore_names_what_it_cannot_read(init, photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes(b"nothing")
+    flags = ["restore", photos, "--ckpt", init, "--out", tmp_path / "out", "--device", "cpu"]
+    assert "1 of 6 photo(s) could not be restored" in fails(capsys, evaluation.main, flags)
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    assert "there is no photo" in fails(capsys, evaluation.main, ["restore", "/nowhere.jpg", "--ckpt", init])
+
+
+@pytest.mark.parametrize("command", [["train.py", "--help"], ["train.py", "pretrain", "--help"], ["eval.py", "--help"], ["eval.py", "restore", "--help"]])
+def test_help_shows_every_flag_with_its_default(command):
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "default" in result.stdout
+    if command[:2] == ["train.py", "--help"]:
+        for flag in ("--hard-ratio", "--group-size", "--head-lr-factor", "--kl-beta", "--entropy-tau", "--rewards"):
+            assert flag in result.stdout
