@@ -6,6 +6,7 @@ function of (seed, image name, epoch), so a run can be repeated, resumed and spl
 
 import hashlib
 import math
+import os
 import re
 import zlib
 from collections import defaultdict
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.ndimage import distance_transform_edt
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 TASKS = ("denoise15", "denoise25", "denoise50", "derain", "dehaze", "deblur", "lowlight")
@@ -81,9 +81,10 @@ def image_size(path):
 
 
 def write_image(path, image):
-    """Writes a (3, H, W) tensor in [0, 1] as 8 bits, rounded (truncating would cost 0.16 dB at 38 dB)."""
+    """Writes a (3, H, W) tensor in [0, 1] as an 8-bit PNG, rounded (truncating would cost 0.16 dB at 38 dB), atomically."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(f"{path}.tmp", format="png")
+    os.replace(f"{path}.tmp", path)
 
 
 # ------------------------------------------------------------------------------------------------- degradations
@@ -204,7 +205,8 @@ def _read_depth(path):
 
 
 def load_pair(sample, seed=0, epoch=0):
-    """(degraded, gt), both (3, H, W) in [0, 1]: the whole image. Synthesised degradations are those of (seed, name, epoch).
+    """(degraded, gt), both (3, H, W) in [0, 1]: the whole image. Synthesised degradations are those of (seed, task, name,
+    epoch); mining and evaluation use seed 0 and epoch 0.
 
     Raises DataError when a file is missing or broken, or the two differ in size.
     """
@@ -215,7 +217,7 @@ def load_pair(sample, seed=0, epoch=0):
             raise DataError(_size_problem(sample, degraded.shape[:0:-1], gt.shape[:0:-1]))
         return degraded, gt
     depth = load_depth(sample) if sample.disparity else None
-    return degrade(gt, sample.task, rng_of(seed, sample.name, epoch), depth), gt
+    return degrade(gt, sample.task, rng_of(seed, f"{sample.task}/{sample.name}", epoch), depth), gt
 
 
 def _size_problem(sample, degraded, gt):
@@ -289,6 +291,7 @@ def list_adair_test(root):
         parts = folder.relative_to(root).parts
         kind = kinds.get(parts[1]) if len(parts) > 1 and parts[0] == "test" else None
         name = parts[-1] if parts else root.name
+        name = "/".join(parts) if name in sets else name
         task = kind or name
         key = (lambda stem: stem.split("_")[0]) if kind == "dehaze" else str
         sets[name], found = pair_up(task, images_in(inputs), images_in(folder / "target"), key, root)
@@ -436,7 +439,8 @@ class Crops(torch.utils.data.Dataset):
         return slice(None), slice(top, top + self.crop), slice(left, left + self.crop)
 
     def _mined_crop(self, sample, epoch, rng):
-        degraded, gt = load_pair(sample, epoch=epoch if sample.task.startswith("denoise") else 0)
+        noise = sample.task.startswith("denoise")
+        degraded, gt = load_pair(sample, self.seed + 1, epoch) if noise else load_pair(sample)
         window = self._window(*gt.shape[1:], rng)
         return degraded[window], gt[window]
 
@@ -483,7 +487,10 @@ def psnr_ssim(y, gt):
 def multiple_of_16(image):
     """The centre of an image, its sides cut to multiples of 16: AdaIR's evaluation crop."""
     h, w = image.shape[-2:]
-    return center_crop(image, [max(h // 16 * 16, min(h, 16)), max(w // 16 * 16, min(w, 16))])
+    if min(h, w) < 16:
+        return image
+    top, left = h % 16 // 2, w % 16 // 2
+    return image[..., top : top + h // 16 * 16, left : left + w // 16 * 16]
 
 
 def evaluate(restore, samples, desc="evaluate", keep=()):
@@ -514,10 +521,10 @@ def sample_digest(sample):
     return hashlib.sha256(repr((sample.task, sample.name, sample.box, files)).encode()).hexdigest()
 
 
-def state_digest(state):
-    """Hash of a state dict's names and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
+def model_digest(model):
+    """Hash of what a model computes: its configuration, its tensors' names and values."""
+    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
+    for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -555,11 +562,11 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
     groups = defaultdict(list)
     for i, row in enumerate(rows):
         groups[row["task"] if scope == "task" else ""].append(i)
-    chosen = []
+    chosen, rng = [], np.random.default_rng(seed)
     for members in groups.values():
         members.sort(key=lambda i: (rows[i]["psnr"] * (-1 if mode == "easy" else 1), rows[i]["task"], rows[i]["name"]))
         if mode == "random":
-            members = [members[i] for i in np.random.default_rng((seed, len(members))).permutation(len(members))]
+            members = [members[i] for i in rng.permutation(len(members))]
         chosen += members[: max(1, round(ratio * len(members)))]
     return sorted(chosen)
 

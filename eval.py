@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import model as adair
-import policy as beta
+import policy as policies
 import runs
 
 TITLES = {"dehaze": "Dehazing", "derain": "Deraining", "denoise25": "Denoising", "deblur": "Deblurring", "lowlight": "Low-Light"}
@@ -33,23 +33,29 @@ def load(path, device):
         raise adair.CheckpointError(f"{path} is no run folder: it has no last.pt")
     checkpoint = adair.read_checkpoint(file)
     net = adair.load_adair(file).to(device, memory_format=torch.channels_last)
-    policy = beta.load_policy(checkpoint)
+    policy = policies.load_policy(checkpoint)
     controller = policy.to(device).mean() if policy else None
     init = runs.load_json(config)["init"] if policy and config.exists() else None
     return partial(adair.restore, net, controller=controller), init
 
 
 def evaluate_sets(restorers, sets, tile=None):
-    """{set: {method: rows}} of data.evaluate for every test set and every named restorer."""
-    results = {}
+    """Runs data.evaluate for every test set and every named restorer.
+
+    Returns ({set: {method: rows}}, [(set, input, one output per method, truth) of every set's first image]).
+    """
+    results, figures = {}, []
     for name, samples in sets.items():
-        results[name] = {
-            method: data.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}")[0]
-            for method, restore in restorers.items()
-        }
-        figures = "  ".join(f"{m} {mean(rows, 'psnr'):.2f}/{mean(rows, 'ssim'):.4f}" for m, rows in results[name].items())
-        tqdm.write(f"{name}: {len(samples)} images, input {mean(next(iter(results[name].values())), 'psnr_in'):.2f}  {figures}")
-    return results
+        results[name], images = {}, []
+        for method, restore in restorers.items():
+            rows, kept = data.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}", keep=[0])
+            results[name][method] = rows
+            images.append(kept[0])
+        degraded, gt = (data.multiple_of_16(t) for t in data.load_pair(samples[0]))
+        figures.append((name, degraded, *images, gt))
+        values = "  ".join(f"{m} {mean(rows, 'psnr'):.2f}/{mean(rows, 'ssim'):.4f}" for m, rows in results[name].items())
+        tqdm.write(f"{name}: {len(samples)} images, input {mean(rows, 'psnr_in'):.2f}  {values}")
+    return results, figures
 
 
 def mean(rows, key):
@@ -125,7 +131,7 @@ def benchmark(args):
         _, problems = data.check_headers(samples, 8)
         if problems:
             raise data.DataError(f"{problems[0]} (test set {name})")
-    results = evaluate_sets(restorers, sets, args.tile)
+    results, figures = evaluate_sets(restorers, sets, args.tile or None)
     text = tables(results)
     if args.limit:
         text += f"\nOnly the first {args.limit} images of each set (--limit).\n"
@@ -133,7 +139,8 @@ def benchmark(args):
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (("eval.txt", text), ("eval.csv", summary_csv(results)), ("eval-images.csv", per_image_csv(results))):
         runs.write_atomic(out / name, content.encode())
-    print(f"\n{text}\nwritten to {out}: eval.txt, eval.csv, eval-images.csv (one line per image)")
+    runs.plot_samples(out / "eval.png", figures, ("input", *restorers, "truth"))
+    print(f"\n{text}\nwritten to {out}: eval.txt, eval.csv, eval.png, eval-images.csv (one line per image)")
 
 
 def restore_photos(args):
@@ -145,11 +152,16 @@ def restore_photos(args):
     if not photos:
         raise data.DataError(f"{source} holds no image ({', '.join(sorted(data.IMAGE_TYPES))})")
     base = source if source.is_dir() else source.parent
-    broken = []
-    for photo in tqdm(photos, desc="restore", unit="photo"):
+    targets = {}
+    for photo in photos:
         target = (out / photo.relative_to(base)).with_suffix(".png")
+        if target in targets:
+            raise data.DataError(f"{photo} and {targets[target]} would both become {target}: rename one")
         if target.exists() and not args.overwrite:
             raise data.DataError(f"{target} exists: give --overwrite, or another --out")
+        targets[target] = photo
+    broken = []
+    for target, photo in tqdm(targets.items(), desc="restore", unit="photo"):
         try:
             image = data.read_image(photo)
             if min(image.shape[1:]) < 8:
@@ -172,13 +184,13 @@ def main(argv):
     benchmarking = argv[:1] != ["restore"]
     p = runs.Parser(prog="eval.py" if benchmarking else "eval.py restore", description=__doc__, formatter_class=runs.HelpFormatter)
     p.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file: official AdaIR or ours")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
+    p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
     if benchmarking:
         p.add_argument("--data-root", required=True, help="folder with test/ in AdaIR's layout, or sets with input/ + target/")
         p.add_argument("--before", help="checkpoint of the 'before' column (default: what the run started from)")
         p.add_argument("--sets", nargs="+", help="names of the test sets to use (default: all that are found)")
         p.add_argument("--limit", type=runs.number(int, 0), default=0, help="images per set, the first ones; 0: all")
-        p.add_argument("--tile", type=runs.tile_size, help="restore in tiles of this many px (default: whole images)")
+        p.add_argument("--tile", type=runs.tile_size, default=0, help="restore in tiles of this many px; 0: whole images")
         p.add_argument("--out", help="folder for the tables (default: beside the checkpoint)")
     else:
         p.add_argument("photo", help="an image, or a folder of images")
@@ -190,8 +202,10 @@ def main(argv):
         (benchmark if benchmarking else restore_photos)(args)
     except (data.DataError, adair.CheckpointError, runs.RunError) as error:
         return p.fail(error)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        return p.fail(error)
     except torch.OutOfMemoryError:
-        return p.fail("the image does not fit into memory: give a --tile (or a smaller one)")
+        return p.fail("the image does not fit into GPU memory: give a --tile (or a smaller one)")
 
 
 if __name__ == "__main__":

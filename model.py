@@ -22,8 +22,8 @@ from tqdm import tqdm
 # The original carries these in every AFLB and never uses them: accepted when loading, not kept.
 UNUSED = re.compile(r"fre[123]\.(conv\.weight|score_gen\.weight|score_gen\.bias)")
 
-# The rates of a model whose masks were empty while it was trained, as every official one's at crops of 128. 0.01
-# rounds to an empty mask on images under 200 px, and a Beta distribution of that mean still reaches beyond it.
+# The rates of a model whose masks were empty while it was trained, as every official one's at crops of 128. 0.01 rounds
+# to an empty mask on images under 200 px. A Beta of that mean opens a mask in a few percent of rollouts only.
 EMPTY_RATE = 0.01
 
 
@@ -210,7 +210,6 @@ class AFLB(nn.Module):
         return g_f * (self.para2 * y) + g_o * (self.para1 * o)  # Eq. 5
 
 
-
 class Resample(nn.Module):
     """3×3 convolution and pixel (un)shuffle: half the size at twice the channels, or the reverse."""
 
@@ -345,8 +344,9 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
     """Restores an image of any size, from 8 px a side up.
 
     image: (3, H, W) or (B, 3, H, W) in [0, 1], on any device; the result lies beside it, has its shape and is not clamped.
-    controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained model. The image is padded by reflection to a multiple of 8. With `tile` (px, a multiple of 8) it is restored in overlapping tiles that are faded
-    into each other over `overlap` px, which bounds the memory; attention and FFT being global, that changes the numbers.
+    controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained model. The image is padded by reflection to a
+    multiple of 8. With `tile` (px, a multiple of 8) it is restored in overlapping tiles that are faded into each other over
+    `overlap` px, which bounds the memory; attention, FFT and controls then know a tile only, and that changes the numbers.
     Raises ValueError for a shape or tile it cannot take.
     """
     batch = image if image.dim() == 4 else image[None]

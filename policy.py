@@ -53,20 +53,20 @@ def beta_kl(alpha1, beta1, alpha2, beta2):
 
 
 def soft_cap(raw):
-    """raw for small values, approaching RAW_MAX from below for large ones; always with a gradient."""
+    """raw for small values, approaching RAW_MAX from below for large ones, smoothly."""
     return RAW_MAX - F.softplus(RAW_MAX - raw)
 
 
 class BetaHead(nn.Module):
     """State (B, C, n, n) -> (α, β), each (B, 2), all > 1: one unimodal density for each of two controls."""
 
-    def __init__(self, channels, grid, mean, concentration):
+    def __init__(self, channels, grid, means, concentration):
         super().__init__()
         self.embed = nn.Conv2d(channels * grid * grid, HIDDEN, 1)
         self.out = nn.Conv2d(HIDDEN, 4, 1)
-        start = torch.tensor([mean * concentration] * 2 + [(1 - mean) * concentration] * 2)
-        if start.min() <= 1:
-            raise ValueError(f"Beta({start[0]:g}, {start[-1]:g}) is not unimodal: mean {mean} wants a higher concentration")
+        start = torch.tensor([m * concentration for m in means] + [(1 - m) * concentration for m in means])
+        if start.min() <= 1 or start.max() >= 1 + math.exp(RAW_MAX):
+            raise ValueError(f"a Beta of means {means} and concentration {concentration:g} is out of a head's reach")
         raw = (start - 1).log()  # α = 1 + exp(raw): an Adam step on raw is a relative step in α
         nn.init.zeros_(self.out.weight)
         self.out.bias.data = RAW_MAX - (RAW_MAX - raw).expm1().log()  # the inverse of soft_cap
@@ -88,10 +88,9 @@ class BetaPolicy(nn.Module):
     def __init__(self, channels, rates, concentration=30.0):
         super().__init__()
         self.config = dict(channels=list(channels), rates=list(rates), concentration=concentration)
-        rate = rates[0]
-        spread = max(concentration, 1.5 / rate, 1.5 / (1 - rate))  # α = 1.5 at least
-        self.rate = nn.ModuleList(BetaHead(c, GRID, rate, spread) for c in channels)
-        self.fuse = nn.ModuleList(BetaHead(c, 1, GATE_MEAN, concentration) for c in channels)
+        spread = max(concentration, *(1.5 / min(r, 1 - r) for r in rates))  # α, β of 1.5 at least
+        self.rate = nn.ModuleList(BetaHead(c, GRID, rates, spread) for c in channels)
+        self.fuse = nn.ModuleList(BetaHead(c, 1, (GATE_MEAN, GATE_MEAN), concentration) for c in channels)
 
     def level(self, level, rate_state, fuse_state):
         """(α, β), each (B, 4) in the order of CONTROLS, of one AFLB. Always float32."""
@@ -145,7 +144,8 @@ def sample_beta(alpha, beta, generator=None):
 def observe(f, y):
     """What the heads see of an AFLB's inputs f and y, (B, C, H, W) each; detached, float32.
 
-    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B, C, GRID, GRID).
+    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B, C, GRID, GRID); the FFT
+    is orthonormal, since under the norm "forward" of the masks |F| is so small that the logarithm would do nothing.
     Fuse state: the latent pooled to (B, C, 1, 1) and compressed by sign·log(1 + |·|), whatever its scale.
     """
     f, y = f.detach().float(), y.detach().float()

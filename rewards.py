@@ -244,12 +244,11 @@ def describe_terms(weights):
     """The table of terms a run prints and stores: one dict per term."""
     effective = effective_weights(weights)
     paper = effective_weights({**GENERAL, **PARTS})
-    why = {"psnr": "computed here", "ssim": "computed here", "task": "computed here", "qwen": "needs a judge"}
     rows = []
     for term in TERMS:
-        off = why[term] if term == "qwen" else "not asked for"
+        off = "needs a judge" if term == "qwen" else "not asked for"
         if term in DOWNLOADS:
-            off = f"not asked for; needs {DOWNLOADS[term][0]}"
+            off += f"; needs {DOWNLOADS[term][0]}"
         reason = "on" if effective[term] else f"off ({off})"
         rows.append(dict(term=term, weight=round(effective[term], 4), paper=round(paper[term], 4), state=reason))
     return rows

@@ -28,7 +28,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps a description's lines and shows every default."""
 
     def _get_help_string(self, action):
-        return action.help if "default:" in action.help or action.required else super()._get_help_string(action)
+        plain = "default:" in action.help or action.required or action.default in (None, False)
+        return action.help if plain else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,12 +59,40 @@ def number(kind, low, high=math.inf, open_low=False):
     return parse
 
 
+def multiple_of_8(text):
+    """An argparse type for sizes: 8, 16, 24, …"""
+    value = number(int, 8)(text)
+    if value % 8:
+        raise argparse.ArgumentTypeError(f"it is {text}; it must be a multiple of 8")
+    return value
+
+
+def existing_file(text):
+    """An argparse type: a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
+
+
 def tile_size(text):
     """An argparse type for --tile: 0, or a multiple of 8 that is more than two overlaps of 32 px."""
     value = number(int, 0)(text)
     if value and (value % 8 or value <= 64):
         raise argparse.ArgumentTypeError(f"it is {text}; it must be 0 or a multiple of 8 above 64")
     return value
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device(text):
+    """An argparse type: a device that works here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; cpu always is") from None
+    return text
 
 
 def write_atomic(path, content):
@@ -91,16 +120,17 @@ def save_json(path, value):
 
 
 def load_json(path):
-    return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error})") from None
 
 
-def new_folder(path):
-    """Creates a run folder. Raises RunError if something is there already."""
+def refuse_existing(path):
+    """Raises RunError if a run folder has something in it already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists: continue it with --resume {path}, or choose another --out")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 class Log:
@@ -186,7 +216,7 @@ def plot_curves(folder, rows):
     ]
     if not rows:
         return
-    gates = [k for k in rows[-1] if "/g_" in k and k.endswith("/mean")]
+    gates = [k for k in rows[-1] if ".g_" in k and k.endswith("/mean")]
     shown = {*rows[-1], "psnr_gain", *(["policy/gates"] if gates else [])}
     panels = [(key, title) for key, title in panels if key in shown]
     figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(12, 2.6 * -(-len(panels) // 3)), squeeze=False)
@@ -222,14 +252,13 @@ def plot_curves(folder, rows):
     plt.close(figure)
 
 
-def plot_samples(path, samples):
-    """samples.png: one row per (title, input, before, after, truth), images (3, H, W), captioned with their PSNR."""
-    figure, axes = plt.subplots(len(samples), 4, figsize=(9.6, 2.55 * len(samples)), squeeze=False)
+def plot_samples(path, samples, names=("input", "before", "after", "truth")):
+    """One row per (title, input, …, truth), images (3, H, W) under `names`, captioned with their PSNR."""
+    figure, axes = plt.subplots(len(samples), len(names), figsize=(2.4 * len(names), 2.55 * len(samples)), squeeze=False)
     for row, (title, *images) in zip(axes, samples):
-        names = ("input", "before", "after", "truth")
         for axis, name, image in zip(row, names, images):
             axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            caption = name if name == "truth" else f"{name}  {data.psnr(image, images[3]):.2f} dB"
+            caption = name if name == "truth" else f"{name}  {data.psnr(image, images[-1]):.2f} dB"
             axis.set_title(caption, fontsize=8)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 import grpo
 import model as adair
-import policy as beta
+import policy as policies
 import rewards
 import runs
 
@@ -60,7 +60,9 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
 
     if args.freeze_backbone:
         supervised = 0.0
-        metrics["psnr_best"] = batch_psnr(grpo.take(y, best), gt)
+        with torch.no_grad():
+            y_det = model.decode(encoding, policy.mean())
+        metrics |= {"psnr_best": batch_psnr(grpo.take(y, best), gt), "psnr_det": batch_psnr(y_det, gt)}
     else:  # the backbone: g* again and the mean action, with graph, as one batch of two per image
         control = policy.replay_and_mean(grpo.take(actions, best))
         y_best, y_det = model.decode(encoding.repeat(2), control).unflatten(0, (-1, 2)).unbind(1)
@@ -82,19 +84,19 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
 def policy_loss(policy, ref, replay, args):
     """L_RL of the heads (Eq. 6) on stored states and actions. Returns (loss, metrics)."""
     states, actions, logp_old, logp_ref, advantages = replay
-    alpha, beta_ = policy(states)  # (B·G, 3, 4)
-    logp = beta.beta_log_prob(actions, alpha, beta_).sum(dim=(1, 2))  # Eq. 23
-    entropy = beta.beta_entropy(alpha, beta_).sum(dim=(1, 2))
+    alpha, beta = policy(states)  # (B·G, 3, 4)
+    logp = policies.beta_log_prob(actions, alpha, beta).sum(dim=(1, 2))  # Eq. 23
+    entropy = policies.beta_entropy(alpha, beta).sum(dim=(1, 2))
     exact_kl = None
     if args.kl == "exact":
-        exact_kl = beta.beta_kl(alpha, beta_, *ref(states)).sum(dim=(1, 2)).view_as(advantages)
+        exact_kl = policies.beta_kl(alpha, beta, *ref(states)).sum(dim=(1, 2)).view_as(advantages)
     group = (t.view_as(advantages) for t in (logp, logp_old, logp_ref))
     loss, metrics = grpo.grpo_loss(
         *group, advantages, entropy.view_as(advantages), args.clip, args.kl_beta, args.entropy_tau, exact_kl
     )
-    mean, concentration = (alpha / (alpha + beta_)).mean(dim=0), (alpha + beta_).mean(dim=0)  # (3, 4)
+    mean, concentration = (alpha / (alpha + beta)).mean(dim=0), (alpha + beta).mean(dim=0)  # (3, 4)
     for level in range(3):
-        for k, name in enumerate(beta.CONTROLS):
+        for k, name in enumerate(policies.CONTROLS):
             metrics[f"policy/{level + 1}.{name}/mean"] = mean[level, k].detach()
             metrics[f"policy/{level + 1}.{name}/concentration"] = concentration[level, k].detach()
     return loss, metrics
@@ -118,47 +120,29 @@ def batch_psnr(y, gt):
 def post_train(args):
     """The whole method: list, mine, post-train, compare. Returns the run folder."""
     device = args.device
-    torch.manual_seed(args.seed)
-    run = Path(args.resume) if args.resume else runs.new_folder(args.out)
-    checkpoint = adair.read_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
+    run = Path(args.resume or args.out)
+    if not args.resume:
+        runs.refuse_existing(run)
+    checkpoint = adair.read_checkpoint(run / "last.pt") if args.resume and (run / "last.pt").exists() else None
 
-    # The three things a run is made of: samples, a pre-trained model, a reward.
-    train, val, problems = data.list_training(args.data_root)
-    train, more = data.check_headers(train, args.crop)
-    report_skipped(problems + more)
-    if not train:
-        raise data.DataError(f"none of the training images under {args.data_root} can be used with crops of {args.crop}")
-    pretrained = adair.load_adair(args.init, mask_rule=args.mask_rule).to(device, memory_format=torch.channels_last)
+    # The three things a run is made of: a pre-trained model, a reward, samples.
+    pretrained = adair.load_adair(args.init).to(device, memory_format=torch.channels_last)
     terms = rewards.parse_terms(args.rewards)
-    reward = None
-    if args.objective == "irpo":
+    reward = rewards.Reward(terms, device, args.weights_dir) if args.objective == "irpo" else None
+    train, val = usable_samples([args.data_root], args.crop)
+    run.mkdir(parents=True, exist_ok=True)
+    if reward:
         print_terms(rewards.describe_terms(terms))
-        reward = rewards.Reward(terms, device, args.weights_dir)
         runs.save_json(run / "rewards.json", rewards.describe_terms(terms))
     runs.save_json(run / "config.json", vars(args))
 
-    # D_hard: the worst of the training set under the pre-trained model.
-    digest = data.state_digest(pretrained.state_dict())
     before_restore = partial(adair.restore, pretrained)
-    known = known_scores([args.scores, run / "hard.json"], digest)
-    rows, broken = data.mine(before_restore, train, known)
-    report_skipped(broken)
-    if not rows:
-        raise data.DataError(f"none of the training images under {args.data_root} can be read")
-    chosen = data.select(rows, args.hard_ratio, args.select, args.hard_scope, args.seed)
-    by_name = {(s.task, s.name): s for s in train}
-    hard = [by_name[rows[i]["task"], rows[i]["name"]] for i in chosen]
-    for i in chosen:
-        rows[i]["selected"] = True
-    runs.save_json(run / "hard.json", dict(model=digest, ratio=args.hard_ratio, select=args.select, rows=rows))
-    print(f"D_hard: {len(hard)} of {len(rows)} training images ({args.select}, ratio {args.hard_ratio})")
-    if args.select == "all":
-        hard = data.adair_repeats(hard)
+    hard = mine_hard(args, run, before_restore, data.model_digest(pretrained), train, resumed=checkpoint is not None)
 
     # The policy starts where the pre-trained model is; π_ref stays there.
     torch.manual_seed(args.seed)
     model = adair.load_adair(args.init, mask_rule=args.mask_rule).to(device, memory_format=torch.channels_last)
-    policy = beta.policy_for(model, args.concentration).to(device)
+    policy = policies.policy_for(model, args.concentration).to(device)
     ref = policy.frozen_copy()
     groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]
     if not args.freeze_backbone:
@@ -179,16 +163,18 @@ def post_train(args):
         rest = dict(ref=ref.state_dict(), optimizer=optimizer.state_dict(), step=step, best_psnr=best_psnr)
         runs.save_checkpoint(run / name, weights | rest)
 
-    pictures = [next(i for i, s in enumerate(val) if s.task == t) for t in dict.fromkeys(s.task for s in val)]
+    pictures = one_of_each_task(val)
     before, before_images = data.evaluate(before_restore, val, "before", pictures)
+    if not checkpoint:
+        best_psnr = keep_best(save, before, best_psnr)  # best.pt starts as the start
     after_restore = partial(adair.restore, model, controller=policy.mean())
     steps = args.steps or math.ceil(args.epochs * len(hard) / args.batch_size)
     crops = data.Crops(hard, args.crop, args.seed, steps * args.batch_size)
     loader = data_loader(crops, args.batch_size, step * args.batch_size, args.workers)
     log = runs.Log(run, step)
     bar = tqdm(total=steps, initial=step, desc=args.objective, unit="step", smoothing=0.05)
+    start = time.perf_counter()
     for degraded, gt, tasks, names, broken in loader:
-        start = time.perf_counter()
         report_skipped(broken)
         if names:
             batch = (degraded.to(device, memory_format=torch.channels_last), gt.to(device), tasks)
@@ -206,7 +192,8 @@ def post_train(args):
                 metrics = sft_step(model, policy, batch)
                 metrics |= optimizer_step(optimizer, names)
             values = torch.stack([v.detach().float() for v in metrics.values()]).tolist()  # one synchronisation
-            metrics = dict(zip(metrics, values)) | {"lr": args.lr, "step_time": time.perf_counter() - start}
+            rates = {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor}
+            metrics = dict(zip(metrics, values)) | rates | {"step_time": time.perf_counter() - start}
             log.write(step + 1, metrics)
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
             bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
@@ -216,6 +203,7 @@ def post_train(args):
             best_psnr = keep_best(save, data.evaluate(after_restore, val, "validate")[0], best_psnr)
         if step % args.save_every == 0 or step == steps:
             save("last.pt")
+        start = time.perf_counter()
     bar.close()
     log.close()
 
@@ -224,6 +212,31 @@ def post_train(args):
     keep_best(save, after, best_psnr)
     write_report(run, args, before, after, val, pictures, before_images, after_images)
     return run
+
+
+def mine_hard(args, run, restore, digest, train, resumed):
+    """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json."""
+    rows, broken = data.mine(restore, train, known_scores([args.scores, run / "hard.json"], digest))
+    report_skipped(broken)
+    if not rows:
+        raise data.DataError("none of the training images can be read")
+    chosen = data.select(rows, args.hard_ratio, args.select, args.hard_scope, args.seed)
+    for i in chosen:
+        rows[i]["selected"] = True
+    mined = dict(model=digest, ratio=args.hard_ratio, select=args.select, rows=rows)
+    if resumed and runs.load_json(run / "hard.json") != mined:
+        raise runs.RunError(f"the training images or the model at {args.init} changed since {run} began: start a new run")
+    runs.save_json(run / "hard.json", mined)
+    print(f"D_hard: {len(chosen)} of {len(rows)} training images ({args.select}, ratio {args.hard_ratio})")
+    by_name = {(s.task, s.name): s for s in train}
+    hard = [by_name[rows[i]["task"], rows[i]["name"]] for i in chosen]
+    return data.adair_repeats(hard) if args.select == "all" else hard
+
+
+def one_of_each_task(samples):
+    """Indices of one sample per task, of different images where there are several."""
+    members = [[i for i, s in enumerate(samples) if s.task == t] for t in dict.fromkeys(s.task for s in samples)]
+    return [indices[k % len(indices)] for k, indices in enumerate(members)]
 
 
 def optimizer_step(optimizer, names):
@@ -250,22 +263,38 @@ def data_loader(crops, batch, start, workers):
     return DataLoader(crops, batch, sampler=range(start, len(crops)), num_workers=workers, collate_fn=data.collate)
 
 
-def known_scores(sources, digest):
-    """{sample digest: psnr} of earlier minings (a hard.json or its run folder) under the model of this digest."""
+def known_scores(paths, digest):
+    """{sample digest: psnr} of earlier minings (hard.json files) under the model of this digest."""
     known = {}
-    for source in filter(None, sources):
-        path = Path(source) / "hard.json" if Path(source).is_dir() else Path(source)
-        if path.exists():
+    for path in paths:
+        if path and Path(path).exists():
             stored = runs.load_json(path)
             known |= {row["digest"]: row["psnr"] for row in stored["rows"]} if stored["model"] == digest else {}
     return known
 
 
-def report_skipped(problems):
-    for problem in problems:
+def usable_samples(roots, crop):
+    """(training, validation) samples of all roots (None: the embedded photographs), as far as their headers promise to
+    work; what does not is named. Raises DataError when nothing is left."""
+    sources = [data.list_training(root) for root in roots]
+    train, val, problems = (sum(parts, []) for parts in zip(*sources))
+    train, more = data.check_headers(train, crop)
+    val, val_problems = data.check_headers(val, 16)
+    report_skipped(problems + more + val_problems)
+    if not train or not val:
+        where = ", ".join(str(root or "the embedded photographs") for root in roots)
+        raise data.DataError(f"none of the training images of {where} can be used with crops of {crop} px")
+    return train, val
+
+
+def report_skipped(problems, shown=20):
+    """Names what is left out of training, the first ones in full, and counts it."""
+    problems = list(dict.fromkeys(problems))
+    for problem in problems[:shown]:
         tqdm.write(f"skipped: {problem}")
     if problems:
-        tqdm.write(f"{len(problems)} image(s) skipped in training, named above")
+        more = f"; {len(problems) - shown} more are not shown" if len(problems) > shown else ""
+        tqdm.write(f"{len(problems)} image(s) or pair(s) skipped in training{more}")
 
 
 def print_terms(rows):
@@ -305,10 +334,7 @@ def pretrain(args):
 
     Killed, the same command goes on where it stopped (bit for bit on the same machine).
     """
-    sources = [data.list_training(root) for root in filter(None, (args.data_root, args.photos))]
-    samples, val, problems = (sum(parts, []) for parts in zip(*sources or [data.list_training()]))
-    samples, more = data.check_headers(samples, max(args.crop))
-    report_skipped(problems + more)
+    samples, val = usable_samples([r for r in (args.data_root, args.photos) if r] or [None], max(args.crop))
     missing = [t for t in args.cycle if t not in {s.task for s in samples}]
     if missing:
         raise data.DataError(f"there are no training images for {', '.join(missing)}: give --photos, or leave it out of --cycle")
@@ -328,6 +354,8 @@ def pretrain(args):
     step = 0
     if (run / "pretrain.pt").exists():
         state = adair.read_checkpoint(run / "pretrain.pt")
+        if state.get("config", net.config) != net.config:
+            raise runs.RunError(f"{run} holds the training of another model ({state['config']}): choose another --out")
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["opt"])
@@ -358,11 +386,12 @@ def pretrain(args):
                     ema.update_parameters(net)
                 step += 1
                 bar.update()
-                if step % 20 == 0:
+                if names and step % 20 == 0:
                     bar.set_postfix(l1=f"{loss.item():.4f}", crop=crop)
                     print(json.dumps(dict(step=step, l1=loss.item(), crop=crop)), file=log, flush=True)
                 if step % args.save_every == 0 or step == args.steps:
                     state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step)
+                    state["config"] = net.config
                     runs.save_checkpoint(run / "pretrain.pt", state)
                     runs.save_checkpoint(run / "model.pt", dict(model=ema.module.state_dict(), config=net.config))
         bar.close()
@@ -393,9 +422,9 @@ def post_train_parser():
             shown = f"(default: {demo[key]}; preset paper: {paper[key]})"
             default = argparse.SUPPRESS
         else:
-            shown = f"(default: {default})"
+            shown = "" if default is None else f"(default: {default})"
         rest |= {"type": type} if type else {}
-        p.add_argument(flag, default=default, help=f"{help} {shown}", **rest)
+        p.add_argument(flag, default=default, help=f"{help} {shown}".strip(), **rest)
 
     add("--preset", "demo", "demo: minutes on two CPU cores; paper: Table 6", choices=PRESETS)
     add("--data-root", None, "AdaIR's data folder, or a folder of photos; default: photographs inside scikit-image")
@@ -404,20 +433,20 @@ def post_train_parser():
     add("--resume", None, "run folder to continue, with its own settings")
     add("--objective", "irpo", "irpo: Eq. 7; sft: the control, L1 on the deterministic output", choices=("irpo", "sft"))
     add("--seed", 0, "of crops and actions", runs.number(int, 0, 2**31 - 1))
-    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, …")
+    add("--device", runs.default_device(), "cpu, cuda, cuda:1, …", runs.device)
     add("--workers", 0, "processes that load images", runs.number(int, 0, 256))
     add("--hard-ratio", 0.3, "share of the training set in D_hard, Sec. 3.2, Table 6", runs.number(float, 0, 1, open_low=True))
     add("--select", "hard", "which samples, Fig. 5", choices=("hard", "random", "easy", "all"))
     add("--hard-scope", "task", "rank within each task and noise level, or all together", choices=("task", "global"))
-    add("--scores", None, "earlier run whose mining is reused where model and images are the same")
+    add("--scores", None, "hard.json of an earlier run, reused where model and images are the same", runs.existing_file)
     add("--steps", None, "updates; 0: by --epochs", runs.number(int, 0))
     add("--epochs", None, "passes over D_hard, Table 6", runs.number(int, 0))
     add("--batch-size", None, "images per update, each with a group of its own, Table 6", runs.number(int, 1))
-    add("--crop", 128, "px, a multiple of 8, Table 6", runs.number(int, 16))
+    add("--crop", 128, "px, a multiple of 8, Table 6", runs.multiple_of_8)
     add("--group-size", 4, "G, rollouts per image, Table 5", runs.number(int, 1))
     add("--lr", None, "Adam's rate for the backbone, Table 6", runs.number(float, 0))
     add("--head-lr-factor", None, "the heads' rate over --lr; the paper's 6 is made for 10⁵ updates", runs.number(float, 0))
-    add("--concentration", 30.0, "α + β the gates start with", runs.number(float, 2, 1e4, open_low=True))
+    add("--concentration", 30.0, "α + β the gates start with", runs.number(float, 2, 3000, open_low=True))
     add("--freeze-backbone", False, "train the heads alone, without Eq. 1 and 2", action="store_true")
     add("--clip", 0.2, "ϵ of Eq. 6", runs.number(float, 0))
     add("--kl-beta", 0.04, "β of Eq. 6", runs.number(float, 0))
@@ -426,7 +455,7 @@ def post_train_parser():
     add("--inner-epochs", 1, "updates of the heads per group; above 1 the clip can bind", runs.number(int, 1))
     add("--rewards", None, "terms of Eq. 22: default, paper, or a list as psnr,ssim=0.3,task")
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
-    add("--mask-rule", "fraction", "how rates become masks (README, deviations)", choices=("fraction", "adair"))
+    add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
     add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
     add("--save-every", 50, "steps between checkpoints", runs.number(int, 1))
     return p
@@ -438,12 +467,12 @@ def pretrain_parser():
     p.add_argument("--photos", help="folder of photos on which all tasks are synthesised besides")
     p.add_argument("--init", help="AdaIR to start from; default: from scratch")
     p.add_argument("--out", default="runs/pretrain", help="run folder, created or continued")
-    p.add_argument("--dim", type=runs.number(int, 8), default=48, help="channels, Table 6")
+    p.add_argument("--dim", type=runs.multiple_of_8, default=48, help="channels, Table 6")
     p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, default=[4, 6, 6, 8], help="transformer blocks, Table 6")
     p.add_argument("--refinement", type=runs.number(int, 1), default=4, help="refinement blocks, Table 6")
     p.add_argument("--mask-rule", choices=("fraction", "adair"), default="fraction", help="how rates become masks")
-    p.add_argument("--rate", type=runs.number(float, 0, 1), default=0.25, help="the constant r_h, r_l under --mask-rule fraction")
-    p.add_argument("--crop", type=runs.number(int, 16), nargs="+", default=[64, 128], help="px; the last quarter uses the last")
+    p.add_argument("--rate", type=runs.number(float, 0.001, 0.999), default=0.25, help="the constant r_h, r_l under --mask-rule fraction")
+    p.add_argument("--crop", type=runs.multiple_of_8, nargs=2, default=[64, 128], help="px, at first and in the last quarter")
     p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step at the first crop size")
     p.add_argument("--steps", type=runs.number(int, 1), default=4200, help="updates")
     p.add_argument("--lr", type=runs.number(float, 0), default=1e-3, help="Adam's peak rate")
@@ -452,7 +481,7 @@ def pretrain_parser():
     p.add_argument("--save-every", type=runs.number(int, 1), default=100, help="steps between checkpoints")
     p.add_argument("--workers", type=runs.number(int, 0), default=0, help="processes that load images")
     p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
+    p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
     return p
 
 
@@ -466,14 +495,23 @@ def parse(argv):
         config = Path(args.resume) / "config.json"
         if not config.exists():
             parser.error(f"{args.resume} is no run folder: it has no config.json")
-        return argparse.Namespace(**{**runs.load_json(config), "resume": args.resume})
+        stored = {**vars(args), **PRESETS["demo"], **runs.load_json(config), "resume": args.resume}
+        try:
+            runs.device(stored["device"])
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{config}: {error}")
+        return argparse.Namespace(**stored)
+    if hasattr(args, "epochs") and not hasattr(args, "steps"):
+        args.steps = 0  # whoever names epochs means epochs
     for key, value in PRESETS[args.preset].items():
         if not hasattr(args, key):
             setattr(args, key, value)
     if not args.steps and not args.epochs:
         parser.error("--steps and --epochs are both 0: nothing would be trained")
-    if args.crop % 8:
-        parser.error(f"--crop is {args.crop}; it must be a multiple of 8")
+    if args.objective == "sft" and args.freeze_backbone:
+        parser.error("--objective sft with --freeze-backbone would train nothing")
+    args.init = str(Path(args.init).resolve())  # so that --resume and eval.py work from any folder
+    args.data_root = args.data_root and str(Path(args.data_root).resolve())
     args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.argv = argv
     return args
@@ -488,6 +526,10 @@ def main(argv):
             post_train(parse(argv))
     except (data.DataError, rewards.RewardError, adair.CheckpointError, runs.RunError) as error:
         return parser.fail(error)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        return parser.fail(error)
+    except torch.OutOfMemoryError:
+        return parser.fail("out of GPU memory: a smaller --crop, --batch-size or --group-size needs less")
     except KeyboardInterrupt:
         return parser.fail("stopped; --resume RUN goes on from the last checkpoint")
 

@@ -115,6 +115,12 @@ def test_half_of_a_pair_is_named_in_training_and_an_error_in_evaluation(adair_ro
         data.list_adair_test(adair_root)
 
 
+def test_sets_of_the_same_name_are_both_kept(adair_root):
+    write(adair_root / "ood/lol/input/0.png"), write(adair_root / "ood/lol/target/0.png")
+    sets = data.list_adair_test(adair_root)
+    assert {"lol", "test/enhance/lol"} <= set(sets) and sets["test/enhance/lol"][0].task == "lowlight"
+
+
 def test_validation_is_apart_from_training(adair_root):
     train, val, _ = data.list_training(adair_root)
     assert {s.task for s in val} == set(data.TASKS) and not set(train) & set(val) and len(train) + len(val) == 42
@@ -303,6 +309,8 @@ def test_evaluation_crops_to_multiples_of_16(tmp_path):
     rows, kept = data.evaluate(lambda x: seen.append(x.shape) or x, data.list_photos(tmp_path)[0], keep=[2])
     assert set(seen) == {(3, 64, 80)} and len(rows) == 7 and list(kept) == [2]
     assert all(row["psnr"] == pytest.approx(row["psnr_in"], abs=1e-3) for row in rows)
+    image = torch.arange(19.0).expand(3, 19, 19)  # 3 too many: the original drops one on the left and two on the right
+    assert data.multiple_of_16(image)[0, 0].tolist() == list(range(1, 17))
 
 
 def row(task, name, psnr):
@@ -328,6 +336,7 @@ def test_a_global_ranking_takes_the_dark_task_alone():
 def test_random_selection_follows_the_seed():
     a, b, c = (data.select(ROWS, 0.3, "random", seed=s) for s in (1, 1, 2))
     assert a == b != c and len(a) == 6
+    assert [i % 10 for i in a[:3]] != [i % 10 for i in a[3:]]  # every task draws its own
 
 
 def test_ratios_ties_and_single_images():
