@@ -344,9 +344,10 @@ def list_training(root=None, val_images=12):
     """The training set and a validation part that is never trained on, as (train, val, problems).
 
     root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the embedded photographs. From a
-    folder, the last `val_images` images of every task (at most a fifth, at least one) are set aside: neighbours in a
-    sorted list are often the same scene. Of the embedded ones, whole photographs are. Raises DataError when there is
-    nothing to train on or nothing to set aside.
+    folder, the last `val_images` images of every task (at most a fifth, at least one) are set aside, fewer where the cut
+    would fall among files that differ in their last number alone: neighbours are often the same scene. Nothing is known of
+    one scene in the folders of two tasks. Of the embedded ones, whole photographs are set aside. Raises DataError when
+    there is nothing to train on or nothing to set aside.
     """
     if root is None:
         return list_embedded(EMBEDDED_TRAIN), list_embedded(EMBEDDED_HELD_OUT), []
@@ -361,7 +362,11 @@ def list_training(root=None, val_images=12):
     for task in TASKS:
         of_task = [s for s in samples if s.task == task]
         n = min(val_images, max(len(of_task) // 5, 1), max(len(of_task) - 1, 0))
-        train, val = train + of_task[: len(of_task) - n], val + of_task[len(of_task) - n :]
+        scenes = [re.sub(r"\d+(?=\D*$)", "", Path(s.gt).stem) for s in of_task]
+        cut = len(of_task) - n
+        later = (i for i in range(cut, len(of_task)) if i and scenes[i] != scenes[i - 1])
+        cut = next(later, cut)
+        train, val = train + of_task[:cut], val + of_task[cut:]
     if not val:
         raise DataError(f"{root} holds one image per task: at least two are needed, one of them to measure on")
     return train, val, problems

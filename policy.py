@@ -89,7 +89,7 @@ class BetaPolicy(nn.Module):
         super().__init__()
         self.config = dict(channels=list(channels), rates=list(rates), concentration=concentration)
         spread = max(concentration, *(1.5 / min(r, 1 - r) for r in rates))  # α, β of 1.5 at least
-        self.rate = nn.ModuleList(BetaHead(c, GRID, rates, spread) for c in channels)
+        self.rate = nn.ModuleList(BetaHead(1, GRID, rates, spread) for _ in channels)
         self.fuse = nn.ModuleList(BetaHead(c, 1, (GATE_MEAN, GATE_MEAN), concentration) for c in channels)
 
     def level(self, level, rate_state, fuse_state):
@@ -144,14 +144,15 @@ def sample_beta(alpha, beta, generator=None):
 def observe(f, y):
     """What the heads see of an AFLB's inputs f and y, (B, C, H, W) each; detached, float32.
 
-    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B, C, GRID, GRID); the FFT
-    is orthonormal, since under the norm "forward" of the masks |F| is so small that the logarithm would do nothing.
+    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B, 1, GRID, GRID): few
+    inputs, as with Adam every one of them adds to how far a head moves in one step. The FFT is orthonormal, since under
+    the norm "forward" of the masks |F| is so small that the logarithm would do nothing.
     Fuse state: the latent pooled to (B, C, 1, 1) and compressed by sign·log(1 + |·|), whatever its scale.
     """
     f, y = f.detach().float(), y.detach().float()
     spectrum = torch.fft.fftshift(torch.fft.fft2(f, norm="ortho").abs(), dim=(-2, -1)).log1p()
     pooled = y.mean(dim=(2, 3), keepdim=True)
-    return F.adaptive_avg_pool2d(spectrum, GRID), pooled.sign() * pooled.abs().log1p()
+    return F.adaptive_avg_pool2d(spectrum.mean(dim=1, keepdim=True), GRID), pooled.sign() * pooled.abs().log1p()
 
 
 class Controller:

@@ -128,6 +128,14 @@ def test_validation_is_apart_from_training(adair_root):
     assert {s.task for s in val} == set(data.TASKS) and not {s.gt for s in train} & {s.gt for s in val}
 
 
+def test_the_cut_does_not_fall_inside_a_scene(tmp_path):
+    for name in [f"street_{i}" for i in range(17)] + [f"tower_{i}" for i in range(3)]:
+        for folder in ("blur", "sharp"):
+            write(tmp_path / f"Train/Deblur/{folder}/{name}.png")
+    _, val, _ = data.list_training(tmp_path)
+    assert [s.name.split("/")[-1] for s in val] == ["tower_0.png", "tower_1.png", "tower_2.png"]  # not four, a fifth
+
+
 def test_missing_empty_and_foreign_folders(tmp_path):
     with pytest.raises(data.DataError, match="there is no folder"):
         data.list_training(tmp_path / "none")

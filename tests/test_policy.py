@@ -155,7 +155,7 @@ def test_rate_states_do_not_depend_on_actions_and_fuse_states_do(setting):
 
 def test_heads_stay_float32_under_autocast(setting):
     _, policy, _ = setting
-    state = (torch.rand(2, 64, 4, 4), torch.rand(2, 64, 1, 1))
+    state = (torch.rand(2, 1, 4, 4), torch.rand(2, 64, 1, 1))
     plain = policy.level(0, *state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = policy.level(0, *(s.bfloat16().float() for s in state))
