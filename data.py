@@ -456,6 +456,8 @@ class Crops(torch.utils.data.Dataset):
         _, rows, columns = self._window(*gt.shape[1:], rng)
         top, left = max(rows.start - margin, 0), max(columns.start - margin, 0)  # context for blur and streaks
         around = gt[:, top : rows.stop + margin, left : columns.stop + margin]
+        if sample.task != "lowlight":  # photographs are well exposed: without dark truths, whatever is dark looks degraded
+            around = around ** rng.choice((1.0, rng.uniform(0.6, 2.0)))
         degraded = degrade(around, sample.task, rng)
         inner = (slice(None), slice(rows.start - top, rows.start - top + self.crop), slice(columns.start - left, columns.start - left + self.crop))
         return degraded[inner], around[inner]

@@ -288,6 +288,14 @@ def test_fresh_crops_cycle_through_tasks_and_kinds(adair_root):
     assert 10 < real < 40  # half of 50
 
 
+def test_fresh_crops_stay_aligned_and_vary_in_exposure(tmp_path):
+    samples = [s for s in samples_of(tmp_path, 1) if s.task == "denoise15"]
+    crops = data.Crops(samples, 48, 0, 40, fresh=True)
+    assert all(22 < data.psnr(*crops[n][:2]) < 29 for n in range(40))
+    brightness = [crops[n][1].mean().item() for n in range(40)]
+    assert max(brightness) > 1.5 * min(brightness)
+
+
 def test_a_broken_file_is_passed_on_by_name(tmp_path):
     samples = [s for s in samples_of(tmp_path, 2) if s.task == "derain"]
     path = tmp_path / "1.png"
