@@ -32,7 +32,7 @@ def load(path, device):
     if path.is_dir() and not file.exists():
         raise adair.CheckpointError(f"{path} is no run folder: it has no last.pt")
     checkpoint = adair.read_checkpoint(file)
-    net = adair.load_adair(file).to(device, memory_format=torch.channels_last)
+    net = adair.load_adair(file, checkpoint=checkpoint).to(device, memory_format=torch.channels_last)
     policy = policies.load_policy(checkpoint)
     controller = policy.to(device).mean() if policy else None
     init = runs.load_json(config)["init"] if policy and config.exists() else None
@@ -93,27 +93,23 @@ def tables(results):
     return "\n".join(filter(None, parts))
 
 
-def per_image_csv(results):
-    """One line per image and method, as text."""
+def to_csv(lines):
+    """CSV text of lists; the first one is the heading, floats get six decimals."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["set", "method", "task", "image", "psnr_input", "psnr", "ssim"])
-    for name, methods in results.items():
-        for method, rows in methods.items():
-            for r in rows:
-                writer.writerow([name, method, r["task"], r["name"], *(f"{r[k]:.6f}" for k in ("psnr_in", "psnr", "ssim"))])
+    csv.writer(buffer).writerows([f"{v:.6f}" if isinstance(v, float) else v for v in line] for line in lines)
     return buffer.getvalue()
 
 
-def summary_csv(results):
-    """One line per set and method: the numbers of the tables."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["set", "method", "images", "psnr_input", "psnr", "ssim"])
+def csv_files(results):
+    """{file name: text}: the numbers of the tables, one line per set and method; and one line per image and method."""
+    scores = ("psnr_in", "psnr", "ssim")
+    by_set = [["set", "method", "images", "psnr_input", "psnr", "ssim"]]
+    by_image = [["set", "method", "task", "image", "psnr_input", "psnr", "ssim"]]
     for name, methods in results.items():
         for method, rows in methods.items():
-            writer.writerow([name, method, len(rows), *(f"{mean(rows, k):.6f}" for k in ("psnr_in", "psnr", "ssim"))])
-    return buffer.getvalue()
+            by_set.append([name, method, len(rows), *(mean(rows, k) for k in scores)])
+            by_image += [[name, method, r["task"], r["name"], *(r[k] for k in scores)] for r in rows]
+    return {"eval.csv": to_csv(by_set), "eval-images.csv": to_csv(by_image)}
 
 
 def benchmark(args):
@@ -137,7 +133,7 @@ def benchmark(args):
         text += f"\nOnly the first {args.limit} images of each set (--limit).\n"
     out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent))
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in (("eval.txt", text), ("eval.csv", summary_csv(results)), ("eval-images.csv", per_image_csv(results))):
+    for name, content in {"eval.txt": text, **csv_files(results)}.items():
         runs.write_atomic(out / name, content.encode())
     runs.plot_samples(out / "eval.png", figures, ("input", *restorers, "truth"))
     print(f"\n{text}\nwritten to {out}: eval.txt, eval.csv, eval.png, eval-images.csv (one line per image)")
@@ -172,7 +168,7 @@ def restore_photos(args):
         tile = args.tile if args.tile is not None else (512 if image[0].numel() > WHOLE_PIXELS else 0)
         restored = restore(image, tile=tile or None, progress=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        data.write_image(target, restored)
+        runs.write_image(target, restored)
     for problem in broken:
         tqdm.write(f"not restored: {problem}")
     if broken:

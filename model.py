@@ -428,14 +428,14 @@ def read_checkpoint(path):
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def load_adair(path, mask_rule=None):
+def load_adair(path, mask_rule=None, checkpoint=None):
     """The AdaIR stored at `path`, in eval mode and float32: an official checkpoint (Lightning with `net.` keys, a bare
     state dict, .safetensors) or one of ours, which says its mask rule and rates. An official one is the original
-    (`mask_rule` "adair") unless told otherwise.
+    (`mask_rule` "adair") unless told otherwise. checkpoint: what `read_checkpoint(path)` gave, where it is read already.
 
     Raises CheckpointError, naming any tensor that is missing, unknown or of the wrong shape.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     config = {}
     if isinstance(checkpoint, dict) and "model" in checkpoint:
         state, config = checkpoint["model"], dict(checkpoint.get("config", {}))

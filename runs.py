@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import data
@@ -112,6 +113,13 @@ def write_atomic(path, content):
 def save_checkpoint(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_image(path, image):
+    """Writes a (3, H, W) tensor in [0, 1] as an 8-bit PNG, rounded (truncating would cost 0.16 dB at 38 dB), atomically."""
+    pixels, buffer = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy(), io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
     write_atomic(path, buffer.getvalue())
 
 

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -141,7 +142,8 @@ def post_train(args):
 
     # The policy starts where the pre-trained model is; π_ref stays there.
     torch.manual_seed(args.seed)
-    model = adair.load_adair(args.init, mask_rule=args.mask_rule).to(device, memory_format=torch.channels_last)
+    model = copy.deepcopy(pretrained)
+    model.config["mask_rule"] = args.mask_rule
     policy = policies.policy_for(model, args.concentration).to(device)
     ref = policy.frozen_copy()
     groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]

@@ -8,6 +8,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import data
+import runs
 
 
 def picture(width=80, height=64, seed=0):
@@ -83,7 +84,7 @@ def test_a_truncated_image_is_named(tmp_path):
 
 def test_writing_rounds(tmp_path):
     image = torch.full((3, 8, 8), 100.7 / 255)
-    data.write_image(tmp_path / "x.png", image)
+    runs.write_image(tmp_path / "x.png", image)
     assert np.asarray(Image.open(tmp_path / "x.png")).max() == 101
 
 
