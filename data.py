@@ -59,13 +59,11 @@ def read_image(path, box=()):
     """The image at `path` as a tensor (3, H, W) in [0, 1]. Raises DataError for a file that is missing or broken."""
     try:
         with Image.open(path) as image:
-            pixels = to_rgb(image)
+            pixels = to_rgb(ImageOps.exif_transpose(image).crop(box) if box else image)
     except FileNotFoundError:
         raise DataError(f"there is no image {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
-    if box:
-        pixels = pixels[box[1] : box[3], box[0] : box[2]]
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -267,10 +265,11 @@ def list_adair_train(root):
     return samples, problems
 
 
-def list_adair_test(root):
+def list_adair_test(root, only=None):
     """AdaIR's test sets under root/test, and any other folder under root that holds input/ and target/.
 
-    Returns {set name: samples}; clean denoising sets appear once per σ. Raises DataError for a pair without a partner.
+    only: names of the sets to list, all by default. Returns {set name: samples}; clean denoising sets appear once per σ.
+    Raises DataError for a pair without a partner in one of them, and for a set that is not there.
     """
     root, sets, problems = Path(root), {}, []
     for folder in sorted(p for p in (root / "test" / "denoise").glob("*") if p.is_dir()):
@@ -287,17 +286,26 @@ def list_adair_test(root):
         task = kind or name
         key = (lambda stem: stem.split("_")[0]) if kind == "dehaze" else str
         sets[name], found = pair_up(task, images_in(inputs), images_in(folder / "target"), key, root)
-        problems += found
+        problems += found if only is None or name in only else []
+    unknown = [name for name in only or () if name not in sets]
+    if unknown:
+        raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
     if problems:
         raise DataError(f"{problems[0]}; {len(problems)} such problem(s) under {root}, and an evaluation leaves nothing out")
-    sets = {name: samples for name, samples in sets.items() if samples}
+    sets = {name: samples for name, samples in sets.items() if samples and (only is None or name in only)}
     if not sets:
         raise DataError(f"{root} holds no test images: wanted test/denoise/SET/*, test/derain/SET/{{input,target}}, … or input/ + target/")
     return sets
 
 
 def list_photos(folder):
-    """Every photo of a plain folder (and below), once per task, all degradations synthesised. Returns (samples, problems)."""
+    """Every photo of a plain folder (and below), once per task, all degradations synthesised. Returns (samples, problems).
+
+    Raises DataError for a folder of a data set: its degraded images are no truths.
+    """
+    for part in ("rainy", "synthetic", "blur", "low", "input"):
+        if next(folder.glob(f"**/{part}/"), None):
+            raise DataError(f"{folder} holds degraded images ({part}/) but no Train/: give AdaIR's data folder, or one of clean photos")
     samples, problems = [], []
     for path in images_in(folder, recursive=True):
         try:
@@ -383,6 +391,17 @@ def check_headers(samples, min_side):
         else:
             usable.append(s)
     return usable, list(dict.fromkeys(problems))
+
+
+def check_pixels(samples):
+    """Splits samples by whether their files can be decoded: (usable, problems)."""
+    problems = {}
+    for path in {p for s in samples for p in (s.gt, s.degraded) if p}:
+        try:
+            read_image(path)
+        except DataError as error:
+            problems[path] = str(error)
+    return [s for s in samples if s.gt not in problems and s.degraded not in problems], sorted(problems.values())
 
 
 # ----------------------------------------------------------------------------------------------- training crops

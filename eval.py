@@ -113,16 +113,17 @@ def csv_files(results):
 
 
 def benchmark(args):
+    ckpt = Path(args.ckpt)
+    out = Path(args.out or (ckpt if ckpt.is_dir() else f"runs/eval-{ckpt.stem}"))
+    if (out / "eval.txt").exists() and not args.overwrite:
+        raise runs.RunError(f"{out} holds an evaluation: give --overwrite, or another --out")
     restore, init = load(args.ckpt, args.device)
     init = args.before or init
     restorers = {"before": load(init, args.device)[0], "after": restore} if init else {"model": restore}
     if not Path(args.data_root).is_dir():
         raise data.DataError(f"there is no folder {args.data_root}")
-    sets = data.list_adair_test(args.data_root)
-    unknown = [name for name in args.sets or [] if name not in sets]
-    if unknown:
-        raise data.DataError(f"{args.data_root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
-    sets = {name: samples[: args.limit or None] for name, samples in sets.items() if name in (args.sets or sets)}
+    sets = data.list_adair_test(args.data_root, args.sets)
+    sets = {name: samples[: args.limit or None] for name, samples in sets.items()}
     for name, samples in sets.items():
         _, problems = data.check_headers(samples, 8)
         if problems:
@@ -131,7 +132,6 @@ def benchmark(args):
     text = tables(results)
     if args.limit:
         text += f"\nOnly the first {args.limit} images of each set (--limit).\n"
-    out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent))
     out.mkdir(parents=True, exist_ok=True)
     for name, content in {"eval.txt": text, **csv_files(results)}.items():
         runs.write_atomic(out / name, content.encode())
@@ -181,22 +181,22 @@ def main(argv):
     p = runs.Parser(prog="eval.py" if benchmarking else "eval.py restore", description=__doc__, formatter_class=runs.HelpFormatter)
     p.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file: official AdaIR or ours")
     p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
+    p.add_argument("--overwrite", action="store_true", help="replace results that exist")
     if benchmarking:
         p.add_argument("--data-root", required=True, help="folder with test/ in AdaIR's layout, or sets with input/ + target/")
         p.add_argument("--before", help="checkpoint of the 'before' column (default: what the run started from)")
         p.add_argument("--sets", nargs="+", help="names of the test sets to use (default: all that are found)")
         p.add_argument("--limit", type=runs.number(int, 0), default=0, help="images per set, the first ones; 0: all")
         p.add_argument("--tile", type=runs.tile_size, default=0, help="restore in tiles of this many px; 0: whole images")
-        p.add_argument("--out", help="folder for the tables (default: beside the checkpoint)")
+        p.add_argument("--out", help="folder for the tables (default: the run folder, or runs/eval-NAME for a file)")
     else:
         p.add_argument("photo", help="an image, or a folder of images")
         p.add_argument("--out", default="restored", help="folder for the results, written as PNG")
-        p.add_argument("--overwrite", action="store_true", help="replace results that exist")
         p.add_argument("--tile", type=runs.tile_size, help="px; 0: whole image (default: 512 above 1 MP, else whole)")
     try:
         args = p.parse_args(argv if benchmarking else argv[1:])
         (benchmark if benchmarking else restore_photos)(args)
-    except (data.DataError, adair.CheckpointError, runs.RunError) as error:
+    except (data.DataError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
         return p.fail(error)
     except OSError as error:  # a folder that cannot be written, a full disk
         return p.fail(error)

@@ -57,6 +57,10 @@ def soft_cap(raw):
     return RAW_MAX - F.softplus(RAW_MAX - raw)
 
 
+class PolicyError(ValueError):
+    """A stored policy cannot be used; the text says why, in one sentence."""
+
+
 class BetaHead(nn.Module):
     """State (B, C, n, n) -> (α, β), each (B, 2), all > 1: one unimodal density for each of two controls."""
 
@@ -180,11 +184,16 @@ class Controller:
 
 
 def load_policy(checkpoint):
-    """The policy of a post-trained checkpoint (what `model.read_checkpoint` returns), or None of a pre-trained one."""
+    """The policy of a post-trained checkpoint (what `model.read_checkpoint` returns), or None of a pre-trained one.
+    Raises PolicyError for heads of another make."""
     if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
         return None
-    policy = BetaPolicy(**checkpoint["policy_config"])
-    policy.load_state_dict(checkpoint["policy"])
+    try:
+        policy = BetaPolicy(**checkpoint["policy_config"])
+        policy.load_state_dict(checkpoint["policy"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PolicyError(f"the checkpoint holds a policy this version does not know ({reason})") from None
     return policy.eval()
 
 

@@ -4,9 +4,8 @@ Images are (B, 3, H, W) RGB in [0, 1]; `y` is restored, `gt` the ground truth. E
 """
 
 import math
-import socket
+import urllib.request
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 import torch.nn as nn
@@ -28,6 +27,10 @@ DOWNLOADS = {
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/",
     ),
 }
+
+
+# px a side below which a term cannot be computed: SSIM's window, the poolings of LPIPS' AlexNet.
+SMALLEST_SIDE = {"ssim": 11, "lpips": 32}
 
 
 class RewardError(ValueError):
@@ -240,6 +243,11 @@ def effective_weights(weights, qwen=True):
     return {**result, "qwen": parts["qwen"] / total, "task": parts["task"] / total}
 
 
+def smallest_side(weights):
+    """px a side that images need for the terms that are on."""
+    return max(side if weights[term] else 1 for term, side in SMALLEST_SIDE.items())
+
+
 def describe_terms(weights):
     """The table of terms a run prints and stores: one dict per term."""
     effective = effective_weights(weights)
@@ -269,7 +277,7 @@ def weight_file(term, weights_dir=None):
         return path
     url = base + name.replace("+", "%2B")
     try:
-        socket.create_connection((urlparse(url).hostname, 443), timeout=5).close()
+        urllib.request.urlopen(url, timeout=5).close()  # the download itself would wait for minutes
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:

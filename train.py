@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,9 @@ import rewards
 import runs
 
 DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
+
+# What pre-training builds unless told otherwise: Table 6.
+NEW_MODEL = dict(dim=48, blocks=[4, 6, 6, 8], refinement=4, rate=0.25)
 
 # What a preset sets; any flag given on the command line wins over it.
 PRESETS = {
@@ -127,9 +131,15 @@ def post_train(args):
     checkpoint = adair.read_checkpoint(run / "last.pt") if args.resume and (run / "last.pt").exists() else None
 
     # The three things a run is made of: a pre-trained model, a reward, samples.
-    pretrained = adair.load_adair(args.init).to(device, memory_format=torch.channels_last)
+    pretrained = load_pretrained(args.init).to(device, memory_format=torch.channels_last)
+    if pretrained.config["mask_rule"] == "fraction" != args.mask_rule:
+        raise runs.RunError(f"{args.init} was trained under mask rule fraction: --mask-rule {args.mask_rule} would change what it computes")
     terms = rewards.parse_terms(args.rewards)
+    if args.objective == "irpo" and args.crop < rewards.smallest_side(terms):
+        raise runs.RunError(f"crops of {args.crop} px are too small for these rewards: they need {rewards.smallest_side(terms)}")
     reward = rewards.Reward(terms, device, args.weights_dir) if args.objective == "irpo" else None
+    digest = data.model_digest(pretrained)
+    known = known_scores([args.scores, run / "hard.json"], digest)
     train, val = usable_samples([args.data_root], args.crop)
     run.mkdir(parents=True, exist_ok=True)
     if reward:
@@ -138,13 +148,14 @@ def post_train(args):
     runs.save_json(run / "config.json", vars(args))
 
     before_restore = partial(adair.restore, pretrained)
-    hard = mine_hard(args, run, before_restore, data.model_digest(pretrained), train, resumed=checkpoint is not None)
+    hard = mine_hard(args, run, before_restore, digest, known, train, resumed=checkpoint is not None)
 
     # The policy starts where the pre-trained model is; π_ref stays there.
     torch.manual_seed(args.seed)
     model = copy.deepcopy(pretrained)
     model.config["mask_rule"] = args.mask_rule
-    policy = policies.policy_for(model, args.concentration).to(device)
+    policy = policies.load_policy(checkpoint) if checkpoint else policies.policy_for(model, args.concentration)
+    policy = policy.to(device)
     ref = policy.frozen_copy()
     groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]
     if not args.freeze_backbone:
@@ -155,7 +166,6 @@ def post_train(args):
     step, best_psnr = 0, -math.inf
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        policy.load_state_dict(checkpoint["policy"])
         ref.load_state_dict(checkpoint["ref"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, best_psnr = checkpoint["step"], checkpoint["best_psnr"]
@@ -216,9 +226,9 @@ def post_train(args):
     return run
 
 
-def mine_hard(args, run, restore, digest, train, resumed):
+def mine_hard(args, run, restore, digest, known, train, resumed):
     """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json."""
-    rows, broken = data.mine(restore, train, known_scores([args.scores, run / "hard.json"], digest))
+    rows, broken = data.mine(restore, train, known)
     report_skipped(broken)
     if not rows:
         raise data.DataError("none of the training images can be read")
@@ -235,6 +245,14 @@ def mine_hard(args, run, restore, digest, train, resumed):
     return data.adair_repeats(hard) if args.select == "all" else hard
 
 
+def load_pretrained(path, mask_rule=None):
+    """The AdaIR to start from. Raises CheckpointError for one that is post-trained: its policy would be lost."""
+    checkpoint = adair.read_checkpoint(path)
+    if isinstance(checkpoint, dict) and "policy" in checkpoint:
+        raise adair.CheckpointError(f"{path} is post-trained, and its policy would be lost: --init wants a pre-trained model")
+    return adair.load_adair(path, mask_rule, checkpoint)
+
+
 def one_of_each_task(samples):
     """Indices of one sample per task, of different images where there are several."""
     members = [[i for i, s in enumerate(samples) if s.task == t] for t in dict.fromkeys(s.task for s in samples)]
@@ -246,7 +264,7 @@ def optimizer_step(optimizer, names):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
-        raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; the last checkpoint is from before it")
+        raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; a smaller --lr may help")
     optimizer.step()
     return {"grad_norm": norm}
 
@@ -271,7 +289,13 @@ def known_scores(paths, digest):
     for path in paths:
         if path and Path(path).exists():
             stored = runs.load_json(path)
-            known |= {row["digest"]: row["psnr"] for row in stored["rows"]} if stored["model"] == digest else {}
+            try:
+                scores = {row["digest"]: row["psnr"] for row in stored["rows"]}
+                same = stored["model"] == digest
+            except (KeyError, TypeError):
+                raise runs.RunError(f"{path} is not the hard.json of a run") from None
+            print(f"{path}: {len(scores)} scores " + ("reused" if same else "of another model, not used"))
+            known |= scores if same else {}
     return known
 
 
@@ -282,10 +306,13 @@ def usable_samples(roots, crop):
     train, val, problems = (sum(parts, []) for parts in zip(*sources))
     train, more = data.check_headers(train, crop)
     val, val_problems = data.check_headers(val, 16)
-    report_skipped(problems + more + val_problems)
+    val, broken = data.check_pixels(val)  # a measurement that fails at the end would cost the whole run
+    report_skipped(problems + more + val_problems + broken)
     if not train or not val:
         where = ", ".join(str(root or "the embedded photographs") for root in roots)
         raise data.DataError(f"none of the training images of {where} can be used with crops of {crop} px")
+    tasks = Counter(s.task for s in train)
+    print("training images: " + ", ".join(f"{task} {n}" for task, n in tasks.items()) + f"; set aside: {len(val)}")
     return train, val
 
 
@@ -342,10 +369,15 @@ def pretrain(args):
         raise data.DataError(f"there are no training images for {', '.join(missing)}: give --photos, or leave it out of --cycle")
 
     torch.manual_seed(args.seed)
+    shape = {k: v for k in NEW_MODEL if (v := getattr(args, k)) is not None}
     if args.init:
-        net = adair.load_adair(args.init, mask_rule=args.mask_rule)
+        if shape:
+            raise runs.RunError(f"--{next(iter(shape))} goes with a new model: that of --init brings its own")
+        net = load_pretrained(args.init, args.mask_rule)
     else:
-        net = adair.AdaIR(args.dim, args.blocks, args.refinement, mask_rule=args.mask_rule, rates=(args.rate, args.rate))
+        shape = {**NEW_MODEL, **shape}
+        rate = shape["rate"] if args.mask_rule == "fraction" else adair.EMPTY_RATE
+        net = adair.AdaIR(shape["dim"], shape["blocks"], shape["refinement"], mask_rule=args.mask_rule, rates=(rate, rate))
     net = net.train().to(args.device, memory_format=torch.channels_last)
     averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=averaging)
@@ -354,10 +386,14 @@ def pretrain(args):
     run = Path(args.out)
     run.mkdir(parents=True, exist_ok=True)
     step = 0
+    settings = {k: getattr(args, k) for k in ("data_root", "photos", "init", "seed", "lr", "ema", "crop", "batch_size", "cycle")}
     if (run / "pretrain.pt").exists():
         state = adair.read_checkpoint(run / "pretrain.pt")
-        if state.get("config", net.config) != net.config:
+        if state["config"] != net.config:
             raise runs.RunError(f"{run} holds the training of another model ({state['config']}): choose another --out")
+        other = [k for k, v in settings.items() if state["settings"][k] != v]
+        if other:
+            raise runs.RunError(f"{run} was trained with another --{other[0].replace('_', '-')}: give the same, or another --out")
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["opt"])
@@ -393,7 +429,7 @@ def pretrain(args):
                     print(json.dumps(dict(step=step, l1=loss.item(), crop=crop)), file=log, flush=True)
                 if step % args.save_every == 0 or step == args.steps:
                     state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step)
-                    state["config"] = net.config
+                    state |= dict(config=net.config, settings=settings)
                     runs.save_checkpoint(run / "pretrain.pt", state)
                     runs.save_checkpoint(run / "model.pt", dict(model=ema.module.state_dict(), config=net.config))
         bar.close()
@@ -469,11 +505,12 @@ def pretrain_parser():
     p.add_argument("--photos", help="folder of photos on which all tasks are synthesised besides")
     p.add_argument("--init", help="AdaIR to start from; default: from scratch")
     p.add_argument("--out", default="runs/pretrain", help="run folder, created or continued")
-    p.add_argument("--dim", type=runs.multiple_of_8, default=48, help="channels, Table 6")
-    p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, default=[4, 6, 6, 8], help="transformer blocks, Table 6")
-    p.add_argument("--refinement", type=runs.number(int, 1), default=4, help="refinement blocks, Table 6")
+    p.add_argument("--dim", type=runs.multiple_of_8, help="channels, Table 6 (default: 48)")
+    p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, help="transformer blocks, Table 6 (default: 4 6 6 8)")
+    p.add_argument("--refinement", type=runs.number(int, 1), help="refinement blocks, Table 6 (default: 4)")
     p.add_argument("--mask-rule", choices=("fraction", "adair"), default="fraction", help="how rates become masks")
-    p.add_argument("--rate", type=runs.number(float, 0.001, 0.999), default=0.25, help="the constant r_h, r_l under --mask-rule fraction")
+    rate = runs.number(float, 0.001, 0.999)
+    p.add_argument("--rate", type=rate, help="the constant r_h, r_l under --mask-rule fraction (default: 0.25)")
     p.add_argument("--crop", type=runs.multiple_of_8, nargs=2, default=[64, 128], help="px, at first and in the last quarter")
     p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step at the first crop size")
     p.add_argument("--steps", type=runs.number(int, 1), default=4200, help="updates")
@@ -513,8 +550,9 @@ def parse(argv):
     if args.objective == "sft" and args.freeze_backbone:
         parser.error("--objective sft with --freeze-backbone would train nothing")
     args.init = str(Path(args.init).resolve())  # so that --resume and eval.py work from any folder
-    args.data_root = args.data_root and str(Path(args.data_root).resolve())
-    args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for key in ("data_root", "weights_dir"):
+        setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).resolve()))
+    args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
     args.argv = argv
     return args
 
@@ -526,14 +564,15 @@ def main(argv):
             pretrain(pretrain_parser().parse_args(argv[1:]))
         else:
             post_train(parse(argv))
-    except (data.DataError, rewards.RewardError, adair.CheckpointError, runs.RunError) as error:
+    except (data.DataError, rewards.RewardError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
         return parser.fail(error)
     except OSError as error:  # a folder that cannot be written, a full disk
         return parser.fail(error)
     except torch.OutOfMemoryError:
-        return parser.fail("out of GPU memory: a smaller --crop, --batch-size or --group-size needs less")
+        return parser.fail("out of GPU memory: a smaller --crop or --batch-size (or --group-size) needs less")
     except KeyboardInterrupt:
-        return parser.fail("stopped; --resume RUN goes on from the last checkpoint")
+        again = "the same command" if argv[:1] == ["pretrain"] else "--resume RUN"
+        return parser.fail(f"stopped; {again} goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -232,10 +232,33 @@ def test_true_depth_is_nearer_for_larger_disparity():
     sample = next(s for s in data.list_embedded(["motorcycle_left.png"]) if s.task == "dehaze")
     depth = data.load_depth(sample)
     assert depth.shape == (192, 192) and 0 < depth.min() and depth.max() <= 1 and torch.isfinite(depth).all()
+    with np.load(sample.disparity) as file:
+        left, top, right, bottom = sample.box
+        disparity = file["arr_0"][top:bottom, left:right]
+    known = np.isfinite(disparity) & (disparity > 0)
+    product = depth.numpy()[known] * disparity[known]  # depth is inversely proportional to disparity
+    assert known.mean() > 0.5 and product.std() < 1e-4 * product.mean()
     assert not next(s for s in data.list_embedded(["motorcycle_left.png"]) if s.task == "derain").disparity
 
 
 # --------------------------------------------------------------------------------------------------------- crops
+
+
+def test_a_box_is_cut_after_the_exif_rotation(tmp_path):
+    pixels = np.arange(40 * 24 * 3, dtype=np.uint32).reshape(40, 24, 3) % 251
+    image = Image.fromarray(pixels.astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # shown turned by 90° clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    whole = data.read_image(tmp_path / "turned.png")
+    assert whole.shape == (3, 24, 40)
+    assert torch.equal(data.read_image(tmp_path / "turned.png", (8, 2, 30, 20)), whole[:, 2:20, 8:30])
+
+
+def test_a_folder_of_degraded_images_is_no_folder_of_photos(tmp_path):
+    write(tmp_path / "Derain/rainy/rain-1.png"), write(tmp_path / "Derain/gt/norain-1.png")
+    with pytest.raises(data.DataError, match="rainy/. but no Train/"):
+        data.list_training(tmp_path)
 
 
 def samples_of(folder, n=5):

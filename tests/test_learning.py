@@ -1,47 +1,45 @@
-"""Does the policy learn? A frozen backbone, a fixed handful of hazed and dark images, 120 updates."""
+"""Does the policy learn? A frozen backbone, a fixed handful of hazed and dark images, a few hundred steps of the training loop's own."""
 
 import pytest
 import torch
 
 import data
-import grpo
 import model as adair
-import policy as beta
+import policy as policies
 import rewards
 import train
 
-UPDATES, GROUP, SIDE = 120, 8, 32
+UPDATES, SIDE = 200, 32
 
 
 def learn(shuffled, seed=0):
-    """Mean reward of the deterministic output before and after; `shuffled` permutes the advantages inside each group."""
+    """Mean reward of the deterministic output before and after; `shuffled` permutes the rewards inside each group, and
+    with them the advantages."""
+    args = train.parse(["--freeze-backbone", "--group-size", "8", "--kl-beta", "0", "--entropy-tau", "0"])
     torch.manual_seed(seed)
     net = adair.load_adair(train.DEMO_MODEL).requires_grad_(False)
-    policy = beta.policy_for(net)
-    reward = rewards.Reward(rewards.parse_terms("psnr"))
+    policy = policies.policy_for(net, concentration=10)
+    score = rewards.Reward(rewards.parse_terms("psnr"))
     samples = [s for s in data.list_embedded(["astronaut.png", "coffee.png"]) if s.task in ("dehaze", "lowlight")][::5]
     pairs = [data.load_pair(s) for s in samples]
     degraded, gt = (torch.stack([p[i][:, 60 : 60 + SIDE, 60 : 60 + SIDE] for p in pairs]) for i in range(2))
-    tasks = [s.task for s in samples]
-    encoding = net.encode(degraded)
+    batch = (degraded, gt, [s.task for s in samples])
     optimizer = torch.optim.Adam(policy.parameters(), lr=6e-3)
+    generator = torch.Generator().manual_seed(seed)
+
+    def reward(y, gt, tasks):
+        r, terms = score(y, gt, tasks)
+        order = torch.rand(r.shape, generator=generator).argsort(dim=1)
+        return (r.gather(1, order) if shuffled else r), terms
 
     def deterministic():
-        return reward(net.decode(encoding, policy.mean()), gt, tasks)[0].mean().item()
+        with torch.no_grad():
+            return score(net(degraded, policy.mean()), gt, batch[2])[0].mean().item()
 
-    start = deterministic()
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(UPDATES):
-        control = policy.sample(generator)
-        r, _ = reward(net.decode(encoding.repeat(GROUP), control), gt, tasks)
-        advantages = grpo.group_advantages(r)
-        if shuffled:
-            order = torch.rand(advantages.shape, generator=generator).argsort(dim=1)
-            advantages = advantages.gather(1, order)
-        logp = policy.log_prob(control.states, control.actions).view_as(r)
-        loss, _ = grpo.grpo_loss(logp, logp.detach(), logp.detach(), advantages, torch.zeros_like(r), beta=0.0, tau=0.0)
+    start, ref = deterministic(), policy.frozen_copy()
+    for step in range(UPDATES):
         optimizer.zero_grad()
-        loss.backward()
+        train.irpo_step(net, policy, ref, reward, batch, args, step / UPDATES, generator)
         optimizer.step()
     return start, deterministic()
 

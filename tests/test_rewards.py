@@ -360,7 +360,7 @@ def test_missing_weights_name_the_file_its_source_and_the_flag(tmp_path, monkeyp
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("socket.create_connection", no_network)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(rewards.RewardError) as error:
         rewards.Reward(rewards.parse_terms("lpips,psnr"), weights_dir=tmp_path)
     assert all(part in str(error.value) for part in ("alexnet-owt-7be5be79.pth", "https://", "--weights-dir", "--rewards", "lpips"))
