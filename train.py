@@ -32,7 +32,7 @@ NEW_MODEL = dict(dim=48, blocks=[4, 6, 6, 8], refinement=4, rate=0.25)
 
 # What a preset sets; any flag given on the command line wins over it.
 PRESETS = {
-    "demo": dict(steps=200, epochs=0, batch_size=1, lr=3e-6, head_lr_factor=2000.0, eval_every=100, rewards="default"),
+    "demo": dict(steps=200, epochs=0, batch_size=1, lr=1e-5, head_lr_factor=600.0, eval_every=100, rewards="default"),
     "paper": dict(steps=0, epochs=30, batch_size=1, lr=3e-5, head_lr_factor=6.0, eval_every=5000, rewards="paper"),
 }
 
