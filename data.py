@@ -71,7 +71,9 @@ def image_size(path):
     """(width, height) from the file's header alone, EXIF rotation applied. Raises DataError."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
+            # Of a PNG that says nothing at its start, Pillow would decode all to look for EXIF at its end.
+            silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
+            turned = not silent and image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
@@ -304,7 +306,7 @@ def list_photos(folder):
     Raises DataError for a folder of a data set: its degraded images are no truths.
     """
     for part in ("rainy", "synthetic", "blur", "low", "input"):
-        if next(folder.glob(f"**/{part}/"), None):
+        if folder.resolve().name == part or next(folder.glob(f"**/{part}/"), None):
             raise DataError(f"{folder} holds degraded images ({part}/) but no Train/: give AdaIR's data folder, or one of clean photos")
     samples, problems = [], []
     for path in images_in(folder, recursive=True):

@@ -114,7 +114,7 @@ def csv_files(results):
 
 def benchmark(args):
     ckpt = Path(args.ckpt)
-    out = Path(args.out or (ckpt if ckpt.is_dir() else f"runs/eval-{ckpt.stem}"))
+    out = Path(args.out or (ckpt if ckpt.is_dir() else f"runs/eval-{ckpt.resolve().parent.name}-{ckpt.stem}"))
     if (out / "eval.txt").exists() and not args.overwrite:
         raise runs.RunError(f"{out} holds an evaluation: give --overwrite, or another --out")
     restore, init = load(args.ckpt, args.device)
@@ -188,7 +188,7 @@ def main(argv):
         p.add_argument("--sets", nargs="+", help="names of the test sets to use (default: all that are found)")
         p.add_argument("--limit", type=runs.number(int, 0), default=0, help="images per set, the first ones; 0: all")
         p.add_argument("--tile", type=runs.tile_size, default=0, help="restore in tiles of this many px; 0: whole images")
-        p.add_argument("--out", help="folder for the tables (default: the run folder, or runs/eval-NAME for a file)")
+        p.add_argument("--out", help="folder for the tables (default: the run folder, or runs/eval-FOLDER-NAME for a file)")
     else:
         p.add_argument("photo", help="an image, or a folder of images")
         p.add_argument("--out", default="restored", help="folder for the results, written as PNG")

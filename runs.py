@@ -29,7 +29,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps a description's lines and shows every default."""
 
     def _get_help_string(self, action):
-        plain = "default:" in action.help or action.required or action.default in (None, False)
+        plain = "default:" in action.help or action.required or action.default is None or action.default is False
         return action.help if plain else super()._get_help_string(action)
 
 

@@ -131,9 +131,7 @@ def post_train(args):
     checkpoint = adair.read_checkpoint(run / "last.pt") if args.resume and (run / "last.pt").exists() else None
 
     # The three things a run is made of: a pre-trained model, a reward, samples.
-    pretrained = load_pretrained(args.init).to(device, memory_format=torch.channels_last)
-    if pretrained.config["mask_rule"] == "fraction" != args.mask_rule:
-        raise runs.RunError(f"{args.init} was trained under mask rule fraction: --mask-rule {args.mask_rule} would change what it computes")
+    pretrained = load_pretrained(args.init, args.mask_rule).to(device, memory_format=torch.channels_last)
     terms = rewards.parse_terms(args.rewards)
     if args.objective == "irpo" and args.crop < rewards.smallest_side(terms):
         raise runs.RunError(f"crops of {args.crop} px are too small for these rewards: they need {rewards.smallest_side(terms)}")
@@ -245,12 +243,16 @@ def mine_hard(args, run, restore, digest, known, train, resumed):
     return data.adair_repeats(hard) if args.select == "all" else hard
 
 
-def load_pretrained(path, mask_rule=None):
-    """The AdaIR to start from. Raises CheckpointError for one that is post-trained: its policy would be lost."""
+def load_pretrained(path, wanted_rule):
+    """The AdaIR to start from, under the mask rule it was trained with. Raises CheckpointError for one that is post-trained,
+    since its policy would be lost, and for one trained under "fraction" when the original's rule is wanted."""
     checkpoint = adair.read_checkpoint(path)
     if isinstance(checkpoint, dict) and "policy" in checkpoint:
         raise adair.CheckpointError(f"{path} is post-trained, and its policy would be lost: --init wants a pre-trained model")
-    return adair.load_adair(path, mask_rule, checkpoint)
+    model = adair.load_adair(path, checkpoint=checkpoint)
+    if model.config["mask_rule"] == "fraction" != wanted_rule:
+        raise adair.CheckpointError(f"{path} was trained under mask rule fraction: --mask-rule {wanted_rule} would change what it computes")
+    return model
 
 
 def one_of_each_task(samples):
@@ -308,7 +310,9 @@ def usable_samples(roots, crop):
     val, val_problems = data.check_headers(val, 16)
     val, broken = data.check_pixels(val)  # a measurement that fails at the end would cost the whole run
     report_skipped(problems + more + val_problems + broken)
-    if not train or not val:
+    if train and not val:
+        raise data.DataError(f"none of the images set aside to measure on can be read: {(val_problems + broken)[0]}")
+    if not train:
         where = ", ".join(str(root or "the embedded photographs") for root in roots)
         raise data.DataError(f"none of the training images of {where} can be used with crops of {crop} px")
     tasks = Counter(s.task for s in train)
@@ -374,6 +378,7 @@ def pretrain(args):
         if shape:
             raise runs.RunError(f"--{next(iter(shape))} goes with a new model: that of --init brings its own")
         net = load_pretrained(args.init, args.mask_rule)
+        net.config["mask_rule"] = args.mask_rule
     else:
         shape = {**NEW_MODEL, **shape}
         rate = shape["rate"] if args.mask_rule == "fraction" else adair.EMPTY_RATE
@@ -389,6 +394,8 @@ def pretrain(args):
     settings = {k: getattr(args, k) for k in ("data_root", "photos", "init", "seed", "lr", "ema", "crop", "batch_size", "cycle")}
     if (run / "pretrain.pt").exists():
         state = adair.read_checkpoint(run / "pretrain.pt")
+        if not {"net", "ema", "opt", "step", "config", "settings"} <= state.keys():
+            raise runs.RunError(f"{run}/pretrain.pt is not of this version: choose another --out")
         if state["config"] != net.config:
             raise runs.RunError(f"{run} holds the training of another model ({state['config']}): choose another --out")
         other = [k for k, v in settings.items() if state["settings"][k] != v]
@@ -467,7 +474,7 @@ def post_train_parser():
     add("--preset", "demo", "demo: minutes on two CPU cores; paper: Table 6", choices=PRESETS)
     add("--data-root", None, "AdaIR's data folder, or a folder of photos; default: photographs inside scikit-image")
     add("--init", str(DEMO_MODEL), "pre-trained AdaIR to start from, official or ours")
-    add("--out", None, "run folder to create; default: runs/OBJECTIVE-DATE-TIME")
+    add("--out", None, "run folder to create; default: runs/OBJECTIVE-DATE-TIME-seedSEED")
     add("--resume", None, "run folder to continue, with its own settings")
     add("--objective", "irpo", "irpo: Eq. 7; sft: the control, L1 on the deterministic output", choices=("irpo", "sft"))
     add("--seed", 0, "of crops and actions", runs.number(int, 0, 2**31 - 1))

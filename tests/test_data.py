@@ -257,8 +257,9 @@ def test_a_box_is_cut_after_the_exif_rotation(tmp_path):
 
 def test_a_folder_of_degraded_images_is_no_folder_of_photos(tmp_path):
     write(tmp_path / "Derain/rainy/rain-1.png"), write(tmp_path / "Derain/gt/norain-1.png")
-    with pytest.raises(data.DataError, match="rainy/. but no Train/"):
-        data.list_training(tmp_path)
+    for folder in ("", "Derain", "Derain/rainy"):
+        with pytest.raises(data.DataError, match="rainy/. but no Train/"):
+            data.list_training(tmp_path / folder)
 
 
 def samples_of(folder, n=5):

@@ -1,4 +1,4 @@
-"""Does the policy learn? A frozen backbone, a fixed handful of hazed and dark images, a few hundred steps of the training loop's own."""
+"""Does the policy learn? A frozen backbone, a fixed handful of hazed and dark images, 150 of the training loop's own steps."""
 
 import pytest
 import torch

@@ -311,13 +311,15 @@ def test_broken_images_are_named_and_counted_and_the_run_goes_on(small, photos, 
     path.write_bytes(path.read_bytes()[:400])  # header intact, pixels cut off
     (photos / "2.png").write_bytes(b"nothing")
     write(photos / "3.png", width=24, height=24)
-    for name in "56":  # the last ones are set aside to measure on
-        write(photos / f"{name}.png", width=64, height=48, seed=9)
-    path = photos / "6.png"
+    for i in range(5, 12):  # the last two are set aside to measure on
+        write(photos / f"{i}.png", width=64, height=48, seed=i)
+    path = photos / "11.png"
     path.write_bytes(path.read_bytes()[:400])
     assert train.main(small("run", "--select", "all", "--steps", 3)) is None
     printed = "".join(capsys.readouterr())
-    assert all(f"{name}.png cannot be read" in printed for name in "126")
+    assert all(f"{name}.png cannot be read" in printed for name in (1, 2, 11))
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert {r["name"] for r in report["after"]} == {"10.png"}
     assert "3.png is 24×24 px, smaller than the crop of 32" in printed and "skipped in training" in printed
 
 
@@ -340,9 +342,15 @@ def test_pretraining_goes_on_with_the_same_settings_only(init, photos, tmp_path,
     assert "--dim goes with a new model" in fails(capsys, train.main, [*flags, "--init", init, "--dim", 8])
     train.main([str(f) for f in [*flags, "--init", init]])
     assert "with another --lr" in fails(capsys, train.main, [*flags, "--init", init, "--lr", 0.5])
+    torch.save({"step": 1}, tmp_path / "p/pretrain.pt")
+    assert "not of this version" in fails(capsys, train.main, [*flags, "--init", init])
 
 
 def test_nothing_usable_is_an_error(small, photos, capsys):
+    whole = (photos / "4.png").read_bytes()
+    (photos / "4.png").write_bytes(whole[:400])
+    assert "none of the images set aside to measure on can be read: " in fails(capsys, train.main, small("run"))
+    (photos / "4.png").write_bytes(whole)
     assert "none of the training images" in fails(capsys, train.main, small("run", "--crop", 128))
     for path in photos.iterdir():
         path.unlink()
@@ -423,5 +431,5 @@ def test_help_explains_every_flag_with_its_default(parser):
     for action in parser._actions:
         assert action.help, action.option_strings
         said = formatter._expand_help(action)
-        assert "default" in said or action.default in (None, False, "==SUPPRESS=="), (action.option_strings, said)
+        assert "default" in said or action.default is None or action.default is False or action.default == "==SUPPRESS==", (action.option_strings, said)
         assert "%" not in said
