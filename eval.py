@@ -62,14 +62,15 @@ def mean(rows, key):
     return float(np.mean([row[key] for row in rows]))
 
 
-def table(results, columns, title):
-    """A table with one row per method and one column per set, PSNR/SSIM, and their average; the gain as last row."""
+def table(results, columns, title, names=()):
+    """A table with one row per method and one column per set, PSNR/SSIM, and their average; the gain as last row. names:
+    {task: what stands before a set's name}."""
     if not columns:
         return ""
     methods = list(results[columns[0]])
     rows = {m: [(mean(results[c][m], "psnr"), mean(results[c][m], "ssim")) for c in columns] for m in methods}
     rows = {m: [*v, tuple(np.mean(v, axis=0))] for m, v in rows.items()}
-    heads = [*(f"{TITLES.get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
+    heads = [*(f"{dict(names).get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
     width = max(14, *(len(h) + 2 for h in heads))
     lines = [title, f"{'Method':10}" + "".join(f"{h:>{width}}" for h in heads)]
     lines += [f"{m:10}" + "".join(f"{f'{p:.2f}/{s:.3f}':>{width}}" for p, s in v) for m, v in rows.items()]
@@ -86,7 +87,7 @@ def tables(results):
     noise = [n for n in results if task_of[n].startswith("denoise")]
     out_of_domain = [n for n in results if task_of[n] not in data.TASKS]
     parts = (
-        table(results, in_domain, "In domain (layout of Table 2): PSNR/SSIM"),
+        table(results, in_domain, "In domain (layout of Table 2): PSNR/SSIM", TITLES),
         table(results, noise, "Denoising by noise level: PSNR/SSIM"),
         table(results, out_of_domain, "Out of domain (layout of Table 3): PSNR/SSIM"),
     )
