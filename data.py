@@ -273,7 +273,7 @@ def list_adair_test(root, only=None):
     only: names of the sets to list, all by default. Returns {set name: samples}; clean denoising sets appear once per σ.
     Raises DataError for a pair without a partner in one of them, and for a set that is not there.
     """
-    root, sets, problems = Path(root), {}, []
+    root, sets, problems = Path(root), {}, {}
     for folder in sorted(p for p in (root / "test" / "denoise").glob("*") if p.is_dir()):
         for task in TASKS[:3]:
             samples = [Sample(task, str(p.relative_to(root)), str(p)) for p in images_in(folder)]
@@ -288,13 +288,15 @@ def list_adair_test(root, only=None):
         task = kind or name
         key = (lambda stem: stem.split("_")[0]) if kind == "dehaze" else str
         sets[name], found = pair_up(task, images_in(inputs), images_in(folder / "target"), key, root)
-        problems += found if only is None or name in only else []
+        problems[name] = found
     unknown = [name for name in only or () if name not in sets]
     if unknown:
         raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
-    if problems:
-        raise DataError(f"{problems[0]}; {len(problems)} such problem(s) under {root}, and an evaluation leaves nothing out")
-    sets = {name: samples for name, samples in sets.items() if samples and (only is None or name in only)}
+    chosen = [name for name in sets if only is None or name in only]
+    broken = [problem for name in chosen for problem in problems.get(name, ())]
+    if broken:
+        raise DataError(f"{broken[0]}; {len(broken)} such problem(s) under {root}, and an evaluation leaves nothing out")
+    sets = {name: sets[name] for name in chosen if sets[name]}
     if not sets:
         raise DataError(f"{root} holds no test images: wanted test/denoise/SET/*, test/derain/SET/{{input,target}}, … or input/ + target/")
     return sets
@@ -513,6 +515,11 @@ def multiple_of_16(image):
     return image[..., top : top + h // 16 * 16, left : left + w // 16 * 16]
 
 
+def evaluation_pair(sample):
+    """`load_pair` as AdaIR's protocol wants it: cut to multiples of 16."""
+    return tuple(multiple_of_16(image) for image in load_pair(sample))
+
+
 def evaluate(restore, samples, desc="evaluate", keep=()):
     """AdaIR's protocol over `samples`: [{task, name, psnr_in, psnr, ssim}], and the restored images at the indices in `keep`.
 
@@ -520,7 +527,7 @@ def evaluate(restore, samples, desc="evaluate", keep=()):
     """
     rows, kept = [], {}
     for i, sample in enumerate(tqdm(samples, desc=desc, unit="image", leave=False)):
-        degraded, gt = (multiple_of_16(t) for t in load_pair(sample))
+        degraded, gt = evaluation_pair(sample)
         y = restore(degraded)
         value, similarity = psnr_ssim(y, gt)
         rows.append(dict(task=sample.task, name=sample.name, psnr_in=psnr(degraded, gt), psnr=value, ssim=similarity))

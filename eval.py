@@ -51,7 +51,7 @@ def evaluate_sets(restorers, sets, tile=None):
             rows, kept = data.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}", keep=[0])
             results[name][method] = rows
             images.append(kept[0])
-        degraded, gt = (data.multiple_of_16(t) for t in data.load_pair(samples[0]))
+        degraded, gt = data.evaluation_pair(samples[0])
         figures.append((name, degraded, *images, gt))
         values = "  ".join(f"{m} {mean(rows, 'psnr'):.2f}/{mean(rows, 'ssim'):.4f}" for m, rows in results[name].items())
         tqdm.write(f"{name}: {len(samples)} images, input {mean(rows, 'psnr_in'):.2f}  {values}")
@@ -62,7 +62,7 @@ def mean(rows, key):
     return float(np.mean([row[key] for row in rows]))
 
 
-def table(results, columns, title, names=()):
+def table(results, columns, title, names):
     """A table with one row per method and one column per set, PSNR/SSIM, and their average; the gain as last row. names:
     {task: what stands before a set's name}."""
     if not columns:
@@ -70,7 +70,7 @@ def table(results, columns, title, names=()):
     methods = list(results[columns[0]])
     rows = {m: [(mean(results[c][m], "psnr"), mean(results[c][m], "ssim")) for c in columns] for m in methods}
     rows = {m: [*v, tuple(np.mean(v, axis=0))] for m, v in rows.items()}
-    heads = [*(f"{dict(names).get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
+    heads = [*(f"{names.get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
     width = max(14, *(len(h) + 2 for h in heads))
     lines = [title, f"{'Method':10}" + "".join(f"{h:>{width}}" for h in heads)]
     lines += [f"{m:10}" + "".join(f"{f'{p:.2f}/{s:.3f}':>{width}}" for p, s in v) for m, v in rows.items()]
@@ -88,8 +88,8 @@ def tables(results):
     out_of_domain = [n for n in results if task_of[n] not in data.TASKS]
     parts = (
         table(results, in_domain, "In domain (layout of Table 2): PSNR/SSIM", TITLES),
-        table(results, noise, "Denoising by noise level: PSNR/SSIM"),
-        table(results, out_of_domain, "Out of domain (layout of Table 3): PSNR/SSIM"),
+        table(results, noise, "Denoising by noise level: PSNR/SSIM", {}),
+        table(results, out_of_domain, "Out of domain (layout of Table 3): PSNR/SSIM", {}),
     )
     return "\n".join(filter(None, parts))
 

@@ -428,10 +428,10 @@ def read_checkpoint(path):
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def load_adair(path, mask_rule=None, checkpoint=None):
+def load_adair(path, checkpoint=None):
     """The AdaIR stored at `path`, in eval mode and float32: an official checkpoint (Lightning with `net.` keys, a bare
     state dict, .safetensors) or one of ours, which says its mask rule and rates. An official one is the original
-    (`mask_rule` "adair") unless told otherwise. checkpoint: what `read_checkpoint(path)` gave, where it is read already.
+    (`mask_rule` "adair"). checkpoint: what `read_checkpoint(path)` gave, where it is read already.
 
     Raises CheckpointError, naming any tensor that is missing, unknown or of the wrong shape.
     """
@@ -449,7 +449,7 @@ def load_adair(path, mask_rule=None, checkpoint=None):
     except (KeyError, StopIteration) as error:
         raise CheckpointError(f"{path} is not an AdaIR: it has no tensor {error}") from None
     try:
-        model = AdaIR(**{**config, **({"mask_rule": mask_rule} if mask_rule else {})})
+        model = AdaIR(**config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a configuration this AdaIR does not know ({error})") from None
     problems = state_problems(model, state)

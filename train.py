@@ -141,8 +141,9 @@ def post_train(args):
     train, val = usable_samples([args.data_root], args.crop)
     run.mkdir(parents=True, exist_ok=True)
     if reward:
-        print_terms(rewards.describe_terms(terms))
-        runs.save_json(run / "rewards.json", rewards.describe_terms(terms))
+        described = rewards.describe_terms(terms)
+        print_terms(described)
+        runs.save_json(run / "rewards.json", described)
     runs.save_json(run / "config.json", vars(args))
 
     before_restore = partial(adair.restore, pretrained)
@@ -343,7 +344,7 @@ def write_report(run, args, before, after, val, pictures, before_images, after_i
     runs.plot_curves(run, runs.read_metrics(run))
     figures = []
     for i in pictures:
-        degraded, gt = (data.multiple_of_16(t) for t in data.load_pair(val[i]))
+        degraded, gt = data.evaluation_pair(val[i])
         figures.append((val[i].task, degraded, before_images[i], after_images[i], gt))
     runs.plot_samples(run / "samples.png", figures)
     what = "IRPO" if args.objective == "irpo" else "the SFT control (L1 on the deterministic output)"
@@ -512,12 +513,12 @@ def pretrain_parser():
     p.add_argument("--photos", help="folder of photos on which all tasks are synthesised besides")
     p.add_argument("--init", help="AdaIR to start from; default: from scratch")
     p.add_argument("--out", default="runs/pretrain", help="run folder, created or continued")
-    p.add_argument("--dim", type=runs.multiple_of_8, help="channels, Table 6 (default: 48)")
-    p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, help="transformer blocks, Table 6 (default: 4 6 6 8)")
-    p.add_argument("--refinement", type=runs.number(int, 1), help="refinement blocks, Table 6 (default: 4)")
+    p.add_argument("--dim", type=runs.multiple_of_8, help=f"channels, Table 6 (default: {NEW_MODEL['dim']})")
+    p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, help=f"transformer blocks, Table 6 (default: {NEW_MODEL['blocks']})")
+    p.add_argument("--refinement", type=runs.number(int, 1), help=f"refinement blocks, Table 6 (default: {NEW_MODEL['refinement']})")
     p.add_argument("--mask-rule", choices=("fraction", "adair"), default="fraction", help="how rates become masks")
     rate = runs.number(float, 0.001, 0.999)
-    p.add_argument("--rate", type=rate, help="the constant r_h, r_l under --mask-rule fraction (default: 0.25)")
+    p.add_argument("--rate", type=rate, help=f"the constant r_h, r_l under --mask-rule fraction (default: {NEW_MODEL['rate']})")
     p.add_argument("--crop", type=runs.multiple_of_8, nargs=2, default=[64, 128], help="px, at first and in the last quarter")
     p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step at the first crop size")
     p.add_argument("--steps", type=runs.number(int, 1), default=4200, help="updates")

@@ -49,5 +49,5 @@ def test_reward_rises_and_does_not_when_advantages_are_shuffled():
     same_start, control = learn(shuffled=True)
     print(f"mean reward: start {start:.4f}, learned {learned:.4f}, shuffled advantages {control:.4f}")
     assert start == pytest.approx(same_start)
-    assert learned > start + 0.005  # of a reward whose 0.025 is 1 dB
+    assert learned > start + 0.01  # of a reward whose 0.025 is 1 dB
     assert control < start + 0.3 * (learned - start)

@@ -423,6 +423,9 @@ def test_restore_names_what_it_cannot_read(init, photos, tmp_path, capsys):
 def test_help_works(command):
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and "default" in result.stdout
+    if command[:2] == ["train.py", "--help"]:
+        for flag in ("--hard-ratio", "--group-size", "--head-lr-factor", "--kl-beta", "--entropy-tau", "--rewards"):
+            assert flag in result.stdout
 
 
 @pytest.mark.parametrize("parser", [train.post_train_parser(), train.pretrain_parser()])
