@@ -42,12 +42,33 @@ class LayerNorm(nn.Module):
         return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def channel_attention(q, k, v, temperature):
-    """Attention between channels ("transposed" attention): (B, C, H, W) each, C split into temperature.shape[0] heads."""
-    b, c, h, w = q.shape
-    q, k, v = (t.reshape(b, temperature.shape[0], -1, h * w) for t in (q, k, v))
-    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)  # (B, heads, C/heads, C/heads)
-    return ((scores * temperature).softmax(dim=-1) @ v).reshape(b, c, h, w)
+def pointwise_depthwise(x, pointwise, depthwise, parts):
+    """A 1×1 and a depthwise 3×3 convolution, the result cut into `parts` along the channels. On a CPU every part is
+    convolved by itself: parts of one channels-last tensor are strided, and what reads them next, or joins their
+    gradients, is slower by more than that costs."""
+    if x.is_cuda:
+        return depthwise(pointwise(x)).chunk(parts, dim=1)
+    weights = zip(pointwise.weight.chunk(parts), depthwise.weight.chunk(parts))
+    return [F.conv2d(F.conv2d(x, w1), w3, padding=1, groups=len(w3)) for w1, w3 in weights]
+
+
+def channel_attention(q, k, v, temperature, project_out):
+    """Attention between channels ("transposed" attention) and the 1×1 convolution after it: q, k, v (B, C, H, W), C split
+    into temperature.shape[0] heads, q and k normalised over space.
+
+    What is small is computed first. Norms divide the (C/heads)² scores, not the maps: q̂·k̂ = q·k/(|q||k|). And the
+    attention A meets the projection P before it meets v: P(A v) = (P A) v.
+    """
+    b, c, h, w = v.shape
+    heads = temperature.shape[0]
+    q, k = (t.reshape(b, heads, -1, h * w) for t in (q, k))
+    q_norm, k_norm = (t.square().sum(dim=-1).clamp(min=1e-24).sqrt() for t in (q, k))  # (B, heads, C/heads)
+    cosines = q @ k.transpose(-2, -1) / (q_norm[..., :, None] * k_norm[..., None, :])
+    attention = (cosines * temperature).softmax(dim=-1)  # (B, heads, C/heads, C/heads)
+    projection = project_out.weight.reshape(c, heads, -1).transpose(0, 1)  # (heads, C, C/heads)
+    combined = (projection @ attention).transpose(1, 2).reshape(b, c, c)  # P A
+    y = v.permute(0, 2, 3, 1).reshape(b, h * w, c) @ combined.transpose(1, 2)  # (B, H·W, C)
+    return y.reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -61,8 +82,8 @@ class Attention(nn.Module):
         self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x):
-        q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        return self.project_out(channel_attention(q, k, v, self.temperature))
+        q, k, v = pointwise_depthwise(x, self.qkv, self.qkv_dwconv, 3)
+        return channel_attention(q, k, v, self.temperature, self.project_out)
 
 
 class CrossAttention(nn.Module):
@@ -78,8 +99,8 @@ class CrossAttention(nn.Module):
         self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x, y):
-        k, v = self.kv_dwconv(self.kv(y)).chunk(2, dim=1)
-        return self.project_out(channel_attention(self.q_dwconv(self.q(x)), k, v, self.temperature))
+        k, v = pointwise_depthwise(y, self.kv, self.kv_dwconv, 2)
+        return channel_attention(self.q_dwconv(self.q(x)), k, v, self.temperature, self.project_out)
 
 
 class FeedForward(nn.Module):
@@ -93,7 +114,7 @@ class FeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x):
-        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        gate, value = pointwise_depthwise(x, self.project_in, self.dwconv, 2)
         return self.project_out(F.gelu(gate) * value)
 
 
@@ -158,9 +179,9 @@ def band_mask(half_height, half_width, height, width):
 
 def split_bands(f, mask):
     """|low| and |high| frequencies of f (B, C, H, W). The bands add up to f before the absolute value is taken."""
-    f = f.float()  # no half-precision FFT for most sizes
+    f = f.to(torch.promote_types(f.dtype, torch.float32))  # no half-precision FFT for most sizes
     low = torch.fft.ifft2(torch.fft.fft2(f, norm="forward") * mask, norm="forward")
-    return low.abs(), (f - low).abs()
+    return tuple(band.abs().contiguous(memory_format=torch.channels_last) for band in (low, f - low))
 
 
 class AFLB(nn.Module):
@@ -193,7 +214,7 @@ class AFLB(nn.Module):
         h, w = y.shape[-2:]
         f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
         if control is not None:
-            r_h, r_l, g_f, g_o = control(f, y).to(y.dtype)[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
+            r_h, r_l, g_f, g_o = control(f, y)[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
             rate = torch.stack((r_h.flatten(), r_l.flatten()), dim=1)
         elif mask_rule == "adair":
             rate = self.rate_conv(f.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
@@ -242,9 +263,13 @@ class Encoding(NamedTuple):
     def detach(self):
         return Encoding(*(t.detach() for t in self))
 
+    def take(self, index):
+        """Image index[0], index[1], …: (B, …) -> (len(index), …)."""
+        return Encoding(*(t[index] for t in self))  # unlike index_select, this keeps channels last
+
     def repeat(self, n):
         """Every image n times in a row: (B, …) -> (B n, …)."""
-        return Encoding(*(t.repeat_interleave(n, dim=0) for t in self))
+        return self.take(torch.arange(len(self.x), device=self.x.device).repeat_interleave(n))
 
 
 class AdaIR(nn.Module):
@@ -311,6 +336,7 @@ class AdaIR(nn.Module):
         """x: (B, 3, H, W) in [0, 1], H and W multiples of 8. Returns an `Encoding`, which depends on no action."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % 8 or x.shape[3] % 8:
             raise ValueError(f"AdaIR takes (B, 3, H, W) with H, W multiples of 8, not {tuple(x.shape)}; see restore()")
+        x = x.contiguous(memory_format=torch.channels_last)  # so are all maps from here on
         skip1 = self.encoder_level1(self.patch_embed(x))
         skip2 = self.encoder_level2(self.down1_2(skip1))
         skip3 = self.encoder_level3(self.down2_3(skip2))

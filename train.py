@@ -44,16 +44,15 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
     `policy_step` needs to use the group once more.
     """
     degraded, gt, tasks = batch
-    with torch.set_grad_enabled(not args.freeze_backbone):
+    with torch.set_grad_enabled(not args.freeze_backbone), half_precision(args):
         encoding = model.encode(degraded)  # no action in it: one serves the whole group and the deterministic output
 
-    with torch.no_grad():  # the group: G stochastic rollouts per image, no graph
-        rollout = policy.sample(generator)
-        y = model.decode(encoding.detach().repeat(args.group_size), rollout)  # (B·G, 3, H, W)
+    with torch.no_grad():
+        with half_precision(args):
+            y, states, actions = draw_group(model, policy, encoding, args.group_size, generator)
         r, terms = reward(y, gt, tasks)  # (B, G), Eq. 22
     advantages = grpo.group_advantages(r)  # Eq. 8
     best = grpo.best_of_group(r)  # g*
-    states, actions = rollout.states, rollout.actions
     metrics = {
         "reward": r.mean(),
         "reward_std": r.std(dim=1, correction=0).mean(),
@@ -65,12 +64,13 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
 
     if args.freeze_backbone:
         supervised = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), half_precision(args):
             y_det = model.decode(encoding, policy.mean())
         metrics |= {"psnr_best": batch_psnr(grpo.take(y, best), gt), "psnr_det": batch_psnr(y_det, gt)}
     else:  # the backbone: g* again and the mean action, with graph, as one batch of two per image
         control = policy.replay_and_mean(grpo.take(actions, best))
-        y_best, y_det = model.decode(encoding.repeat(2), control).unflatten(0, (-1, 2)).unbind(1)
+        with half_precision(args):
+            y_best, y_det = model.decode(encoding.repeat(2), control).unflatten(0, (-1, 2)).unbind(1)
         l_sup, l_cons = grpo.supervised_losses(y_best, y_det, gt)  # Eq. 1, 2
         supervised = grpo.total_loss(0.0, l_sup, l_cons, progress)
         metrics |= {"loss/sup": l_sup, "loss/cons": l_cons}
@@ -84,6 +84,43 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
     loss = rl + supervised  # Eq. 7
     loss.backward()
     return metrics | policy_metrics | {"loss/total": loss}, replay
+
+
+def draw_group(model, policy, encoding, group_size, generator, at_once=4):
+    """G stochastic rollouts per image, without graph, Eq. 4: (restored (B·G, 3, H, W), states, actions (B·G, 3, 4)).
+
+    They are decoded as one batch, or in batches of `at_once` per image, so that the memory a larger group takes is that of
+    its images.
+    """
+    b = len(encoding.x)
+    members = torch.arange(b, device=encoding.x.device).repeat_interleave(group_size)  # whose rollout each one is
+    restored, states, actions = [], [], []
+    for part in members.split(at_once * b):
+        rollout = policy.sample(generator)
+        restored.append(model.decode(encoding.detach().take(part), rollout))
+        states.append(rollout.states)
+        actions.append(rollout.actions)
+    states = [tuple(torch.cat(kind) for kind in zip(*level)) for level in zip(*states)]  # three pairs (rate, fuse)
+    return torch.cat(restored), states, torch.cat(actions)
+
+
+def half_precision(args):
+    """Autocast of the backbone to bfloat16 under --amp bf16. What the policy computes is float32 all the same."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16")
+
+
+def compile_blocks(model):
+    """torch.compile of every transformer block by itself, in place: blocks of one shape share their code, and the
+    controllers between them stay plain Python. Raises RunError where torch.compile does not work."""
+    try:
+        torch.compile(torch.square)(next(model.parameters()))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise runs.RunError(f"--compile does not work here, leave it out ({type(error).__name__}: {reason})") from None
+    torch._dynamo.config.recompile_limit = 64  # per function: four widths × (encode, group, pair, validation), and their graphs
+    for block in model.modules():
+        if isinstance(block, adair.TransformerBlock):
+            block.compile()
 
 
 def policy_loss(policy, ref, replay, args):
@@ -107,10 +144,11 @@ def policy_loss(policy, ref, replay, args):
     return loss, metrics
 
 
-def sft_step(model, policy, batch):
+def sft_step(model, policy, batch, args):
     """The control: L1 of the deterministic output alone, on the same samples; no rollouts, no reward."""
     degraded, gt, _ = batch
-    y_det = model(degraded, policy.mean())
+    with half_precision(args):
+        y_det = model(degraded, policy.mean())
     loss = (y_det - gt).abs().mean()
     loss.backward()
     return {"loss/total": loss, "psnr_in": batch_psnr(degraded, gt), "psnr_det": batch_psnr(y_det, gt)}
@@ -180,6 +218,8 @@ def post_train(args):
         best_psnr = keep_best(save, before, best_psnr)  # best.pt starts as the start
     after_restore = partial(adair.restore, model, controller=policy.mean())
     steps = args.steps or math.ceil(args.epochs * len(hard) / args.batch_size)
+    if args.compile:
+        compile_blocks(model)
     crops = data.Crops(hard, args.crop, args.seed, steps * args.batch_size)
     loader = data_loader(crops, args.batch_size, step * args.batch_size, args.workers)
     log = runs.Log(run, step)
@@ -200,7 +240,7 @@ def post_train(args):
                     loss.backward()
                     metrics |= more | optimizer_step(optimizer, names)
             else:
-                metrics = sft_step(model, policy, batch)
+                metrics = sft_step(model, policy, batch, args)
                 metrics |= optimizer_step(optimizer, names)
             values = torch.stack([v.detach().float() for v in metrics.values()]).tolist()  # one synchronisation
             rates = {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor}
@@ -408,6 +448,9 @@ def pretrain(args):
         step = state["step"]
         print(f"{run} goes on at step {step} of {args.steps}")
 
+    if args.compile:
+        compile_blocks(net)
+
     def stage(step):  # the last quarter sees the larger crop, in batches of about the same number of pixels
         crop = args.crop[-1] if step >= args.steps * 3 // 4 else args.crop[0]
         return crop, max(1, args.batch_size * args.crop[0] ** 2 // crop**2)
@@ -424,7 +467,9 @@ def pretrain(args):
                 optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
                 if names:
                     degraded = degraded.to(args.device, memory_format=torch.channels_last)
-                    loss = (net(degraded) - gt.to(args.device)).abs().mean()
+                    with half_precision(args):
+                        restored = net(degraded)
+                    loss = (restored - gt.to(args.device)).abs().mean()
                     optimizer.zero_grad()
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -480,6 +525,8 @@ def post_train_parser():
     add("--objective", "irpo", "irpo: Eq. 7; sft: the control, L1 on the deterministic output", choices=("irpo", "sft"))
     add("--seed", 0, "of crops and actions", runs.number(int, 0, 2**31 - 1))
     add("--device", runs.default_device(), "cpu, cuda, cuda:1, …", runs.device)
+    add("--amp", "fp32", "bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32", choices=("fp32", "bf16"))
+    add("--compile", False, "torch.compile of the transformer blocks, for GPUs and long runs: it takes minutes to start", action="store_true")
     add("--workers", 0, "processes that load images", runs.number(int, 0, 256))
     add("--hard-ratio", 0.3, "share of the training set in D_hard, Sec. 3.2, Table 6", runs.number(float, 0, 1, open_low=True))
     add("--select", "hard", "which samples, Fig. 5", choices=("hard", "random", "easy", "all"))
@@ -526,6 +573,8 @@ def pretrain_parser():
     p.add_argument("--ema", type=runs.number(float, 0, 1), default=0.998, help="decay of the averaged weights")
     p.add_argument("--cycle", nargs="+", choices=data.TASKS, default=list(data.TASKS), metavar="TASK", help="tasks drawn in turn")
     p.add_argument("--save-every", type=runs.number(int, 1), default=100, help="steps between checkpoints")
+    p.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="bf16: bfloat16 autocast, for GPUs")
+    p.add_argument("--compile", action="store_true", help="torch.compile of the transformer blocks: it takes minutes to start")
     p.add_argument("--workers", type=runs.number(int, 0), default=0, help="processes that load images")
     p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
     p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
