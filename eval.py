@@ -178,6 +178,7 @@ def restore_photos(args):
 
 
 def main(argv):
+    runs.keep_freed_memory()
     benchmarking = argv[:1] != ["restore"]
     p = runs.Parser(prog="eval.py" if benchmarking else "eval.py restore", description=__doc__, formatter_class=runs.HelpFormatter)
     p.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file: official AdaIR or ours")

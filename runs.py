@@ -1,10 +1,12 @@
 """The plumbing of a run: its folder, atomic files, metrics, figures and report. Nothing of the method is here."""
 
 import argparse
+import ctypes
 import io
 import json
 import math
 import os
+import platform
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -85,6 +87,20 @@ def tile_size(text):
 
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_workers():
+    return 4 if torch.cuda.is_available() else 0
+
+
+def keep_freed_memory():
+    """Tells glibc to keep large blocks that are freed: it would hand them back to the kernel, which has to fault in and
+    clear every page of the next one. Without it the forward pass of a 256 px image took 1.4 times as long. Elsewhere: nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, mmap_max, trim_threshold, top_pad = ctypes.CDLL(None), -4, -1, -2  # names of <malloc.h>
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**28)
 
 
 def device(text):

@@ -199,7 +199,7 @@ def post_train(args):
         # A model without controller asks rate_conv; with one, nobody does.
         named = [p for name, p in model.named_parameters() if ".rate_conv." not in name]
         groups.append(dict(params=named, lr=args.lr))
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
     step, best_psnr = 0, -math.inf
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -228,7 +228,7 @@ def post_train(args):
     for degraded, gt, tasks, names, broken in loader:
         report_skipped(broken)
         if names:
-            batch = (degraded.to(device, memory_format=torch.channels_last), gt.to(device), tasks)
+            batch = (degraded.to(device, non_blocking=True), gt.to(device, non_blocking=True), tasks)
             optimizer.zero_grad()
             if args.objective == "irpo":
                 generator = torch.Generator(device).manual_seed((args.seed << 32) + step)
@@ -267,7 +267,8 @@ def post_train(args):
 
 def mine_hard(args, run, restore, digest, known, train, resumed):
     """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json."""
-    rows, broken = data.mine(restore, train, known)
+    on_gpu = torch.device(args.device).type == "cuda"
+    rows, broken = data.mine(restore, train, known, pixels=1 << 20 if on_gpu else 0)
     report_skipped(broken)
     if not rows:
         raise data.DataError("none of the training images can be read")
@@ -323,7 +324,8 @@ def keep_best(save, rows, best_psnr):
 
 def data_loader(crops, batch, start, workers):
     """Batches of crops number start, start + 1, …"""
-    return DataLoader(crops, batch, sampler=range(start, len(crops)), num_workers=workers, collate_fn=data.collate)
+    sampler, pin = range(start, len(crops)), torch.cuda.is_available()
+    return DataLoader(crops, batch, sampler=sampler, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
 
 
 def known_scores(paths, digest):
@@ -466,7 +468,7 @@ def pretrain(args):
                 warm_up, decay = min(1, (step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
                 optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
                 if names:
-                    degraded = degraded.to(args.device, memory_format=torch.channels_last)
+                    degraded = degraded.to(args.device)
                     with half_precision(args):
                         restored = net(degraded)
                     loss = (restored - gt.to(args.device)).abs().mean()
@@ -527,7 +529,7 @@ def post_train_parser():
     add("--device", runs.default_device(), "cpu, cuda, cuda:1, …", runs.device)
     add("--amp", "fp32", "bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32", choices=("fp32", "bf16"))
     add("--compile", False, "torch.compile of the transformer blocks, for GPUs and long runs: it takes minutes to start", action="store_true")
-    add("--workers", 0, "processes that load images", runs.number(int, 0, 256))
+    add("--workers", runs.default_workers(), "processes that load images; default: 0 on a CPU, 4 beside a GPU", runs.number(int, 0, 256))
     add("--hard-ratio", 0.3, "share of the training set in D_hard, Sec. 3.2, Table 6", runs.number(float, 0, 1, open_low=True))
     add("--select", "hard", "which samples, Fig. 5", choices=("hard", "random", "easy", "all"))
     add("--hard-scope", "task", "rank within each task and noise level, or all together", choices=("task", "global"))
@@ -575,7 +577,7 @@ def pretrain_parser():
     p.add_argument("--save-every", type=runs.number(int, 1), default=100, help="steps between checkpoints")
     p.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="bf16: bfloat16 autocast, for GPUs")
     p.add_argument("--compile", action="store_true", help="torch.compile of the transformer blocks: it takes minutes to start")
-    p.add_argument("--workers", type=runs.number(int, 0), default=0, help="processes that load images")
+    p.add_argument("--workers", type=runs.number(int, 0), default=runs.default_workers(), help="processes that load images")
     p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
     p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
     return p
@@ -616,6 +618,7 @@ def parse(argv):
 
 def main(argv):
     parser = post_train_parser()
+    runs.keep_freed_memory()
     try:
         if argv[:1] == ["pretrain"]:
             pretrain(pretrain_parser().parse_args(argv[1:]))
