@@ -265,7 +265,6 @@ def bench_step(args):
     x, take, half = batch[0], policy.mean(), partial(train.half_precision, flags)
     with torch.no_grad(), half():
         encoding = model.encode(x)
-    group, pair = encoding.repeat(args.group_size), encoding.repeat(2)
 
     def encode():
         with half():
@@ -274,11 +273,11 @@ def bench_step(args):
 
     def decode_group():
         with torch.no_grad(), half():
-            model.decode(group, take)
+            model.decode(encoding, take, copies=args.group_size)
 
     def decode_pair():
         with half():
-            restored = model.decode(pair, take)
+            restored = model.decode(encoding, take, copies=2)
         restored.mean().backward()
 
     times = seconds((step, step_plainly, encode, decode_group, decode_pair), args.repeats, args.device)

@@ -178,10 +178,12 @@ def band_mask(half_height, half_width, height, width):
 
 
 def split_bands(f, mask):
-    """|low| and |high| frequencies of f (B, C, H, W). The bands add up to f before the absolute value is taken."""
+    """|low| and |high| frequencies of f (B, C, H, W), each (B n, C, H, W): n masks (B n, 1, H, W) for every image.
+    The bands add up to f before the absolute value is taken."""
     f = f.to(torch.promote_types(f.dtype, torch.float32))  # no half-precision FFT for most sizes
+    f, mask = f[:, None], mask.unflatten(0, (len(f), -1))  # (B, 1, C, H, W), (B, n, 1, H, W)
     low = torch.fft.ifft2(torch.fft.fft2(f, norm="forward") * mask, norm="forward")
-    return tuple(band.abs().contiguous(memory_format=torch.channels_last) for band in (low, f - low))
+    return tuple(band.flatten(0, 1).abs().contiguous(memory_format=torch.channels_last) for band in (low, f - low))
 
 
 class AFLB(nn.Module):
@@ -209,8 +211,8 @@ class AFLB(nn.Module):
         return (rate * side / 2 + 1e-4).round().int()  # + 1e-4: 0.25 and 0.24999999 agree where r · H / 2 is a tie
 
     def forward(self, x, y, mask_rule, rates, control=None):
-        """x: input image (B, 3, ·, ·); y: latent (B, C, H, W); rates: (r_h, r_l) of a model without controller;
-        control(f, y) -> (B, 4) with r_h, r_l, g_f, g_o. Returns y' (B, C, H, W)."""
+        """x: input image (B, 3, ·, ·); y: n latents of every image in a row (B n, C, H, W); rates: (r_h, r_l) of a model
+        without controller; control(f, y) -> (B n, 4) with r_h, r_l, g_f, g_o. Returns y' (B n, C, H, W)."""
         h, w = y.shape[-2:]
         f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
         if control is not None:
@@ -218,8 +220,9 @@ class AFLB(nn.Module):
             rate = torch.stack((r_h.flatten(), r_l.flatten()), dim=1)
         elif mask_rule == "adair":
             rate = self.rate_conv(f.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
+            rate = rate.repeat_interleave(len(y) // len(x), dim=0)
         else:
-            rate = f.new_tensor(rates).expand(len(f), 2)
+            rate = f.new_tensor(rates).expand(len(y), 2)
         rate = rate.float()
         mask = band_mask(self.half_size(rate[:, 0], h, mask_rule), self.half_size(rate[:, 1], w, mask_rule), h, w)
         low, high = split_bands(f, mask)
@@ -262,14 +265,6 @@ class Encoding(NamedTuple):
 
     def detach(self):
         return Encoding(*(t.detach() for t in self))
-
-    def take(self, index):
-        """Image index[0], index[1], …: (B, …) -> (len(index), …)."""
-        return Encoding(*(t[index] for t in self))  # unlike index_select, this keeps channels last
-
-    def repeat(self, n):
-        """Every image n times in a row: (B, …) -> (B n, …)."""
-        return self.take(torch.arange(len(self.x), device=self.x.device).repeat_interleave(n))
 
 
 class AdaIR(nn.Module):
@@ -342,24 +337,28 @@ class AdaIR(nn.Module):
         skip3 = self.encoder_level3(self.down2_3(skip2))
         return Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
 
-    def decode(self, encoding, controller=None):
-        """The restored image (B, 3, H, W), not clamped. At AFLB number `level` (0, 1, 2) `controller(level, f, y)`,
-        f the image's features and y the latent, both (B, C, H, W), returns (B, 4): r_h, r_l, g_f, g_o. Without a
-        controller: the original's gates of 1, and rates by the mask rule."""
-        x = encoding.x
+    def decode(self, encoding, controller=None, copies=1):
+        """The restored images (B n, 3, H, W), not clamped: every image n = `copies` times in a row, and what no control
+        touches computed once. At AFLB number `level` (0, 1, 2) `controller(level, f, y)`, f (B, C, H, W) the images'
+        features and y (B n, C, H, W) the latents, returns (B n, 4): r_h, r_l, g_f, g_o. Without a controller: the
+        original's gates of 1, and rates by the mask rule."""
+        x, skip1, skip2, skip3, latent = encoding
+        if copies > 1:  # indexing keeps channels last, repeat_interleave does not
+            index = torch.arange(len(x), device=x.device).repeat_interleave(copies)
+            skip1, skip2, skip3, latent = (t[index] for t in (skip1, skip2, skip3, latent))
 
         def aflb(level, y):
             control = None if controller is None else lambda f, y: controller(level, f, y)
             block = (self.fre1, self.fre2, self.fre3)[level]
             return block(x, y, self.config["mask_rule"], self.config["rates"], control)
 
-        y = self.up4_3(aflb(0, encoding.latent))
-        y = self.decoder_level3(self.reduce_chan_level3(torch.cat((y, encoding.skip3), dim=1)))
+        y = self.up4_3(aflb(0, latent))
+        y = self.decoder_level3(self.reduce_chan_level3(torch.cat((y, skip3), dim=1)))
         y = self.up3_2(aflb(1, y))
-        y = self.decoder_level2(self.reduce_chan_level2(torch.cat((y, encoding.skip2), dim=1)))
+        y = self.decoder_level2(self.reduce_chan_level2(torch.cat((y, skip2), dim=1)))
         y = self.up2_1(aflb(2, y))
-        y = self.decoder_level1(torch.cat((y, encoding.skip1), dim=1))
-        return self.output(self.refinement(y)) + x
+        y = self.decoder_level1(torch.cat((y, skip1), dim=1))
+        return self.output(self.refinement(y)) + x.repeat_interleave(copies, dim=0)
 
     def forward(self, x, controller=None):
         return self.decode(self.encode(x), controller)

@@ -146,17 +146,18 @@ def sample_beta(alpha, beta, generator=None):
 
 
 def observe(f, y):
-    """What the heads see of an AFLB's inputs f and y, (B, C, H, W) each; detached, float32.
+    """What the heads see of an AFLB's inputs f (B, C, H, W) and y (B n, C, H, W), n latents per image; detached, float32.
 
-    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B, 1, GRID, GRID): few
+    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B n, 1, GRID, GRID): few
     inputs, as with Adam every one of them adds to how far a head moves in one step. The FFT is orthonormal, since under
     the norm "forward" of the masks |F| is so small that the logarithm would do nothing.
-    Fuse state: the latent pooled to (B, C, 1, 1) and compressed by sign·log(1 + |·|), whatever its scale.
+    Fuse state: the latent pooled to (B n, C, 1, 1) and compressed by sign·log(1 + |·|), whatever its scale.
     """
     f, y = f.detach().float(), y.detach().float()
     spectrum = torch.fft.fftshift(torch.fft.fft2(f, norm="ortho").abs(), dim=(-2, -1)).log1p()
     pooled = y.mean(dim=(2, 3), keepdim=True)
-    return F.adaptive_avg_pool2d(spectrum.mean(dim=1, keepdim=True), GRID), pooled.sign() * pooled.abs().log1p()
+    rate_state = F.adaptive_avg_pool2d(spectrum.mean(dim=1, keepdim=True), GRID)
+    return rate_state.repeat_interleave(len(y) // len(f), dim=0), pooled.sign() * pooled.abs().log1p()
 
 
 class Controller:

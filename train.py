@@ -70,7 +70,7 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
     else:  # the backbone: g* again and the mean action, with graph, as one batch of two per image
         control = policy.replay_and_mean(grpo.take(actions, best))
         with half_precision(args):
-            y_best, y_det = model.decode(encoding.repeat(2), control).unflatten(0, (-1, 2)).unbind(1)
+            y_best, y_det = model.decode(encoding, control, copies=2).unflatten(0, (-1, 2)).unbind(1)
         l_sup, l_cons = grpo.supervised_losses(y_best, y_det, gt)  # Eq. 1, 2
         supervised = grpo.total_loss(0.0, l_sup, l_cons, progress)
         metrics |= {"loss/sup": l_sup, "loss/cons": l_cons}
@@ -89,19 +89,18 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
 def draw_group(model, policy, encoding, group_size, generator, at_once=4):
     """G stochastic rollouts per image, without graph, Eq. 4: (restored (B·G, 3, H, W), states, actions (B·G, 3, 4)).
 
-    They are decoded as one batch, or in batches of `at_once` per image, so that the memory a larger group takes is that of
-    its images.
+    They are decoded as one batch, or `at_once` per image after each other, so that the memory a larger group takes is
+    that of its images.
     """
-    b = len(encoding.x)
-    members = torch.arange(b, device=encoding.x.device).repeat_interleave(group_size)  # whose rollout each one is
-    restored, states, actions = [], [], []
-    for part in members.split(at_once * b):
+    encoding, parts = encoding.detach(), []
+    for first in range(0, group_size, at_once):
+        n = min(at_once, group_size - first)
         rollout = policy.sample(generator)
-        restored.append(model.decode(encoding.detach().take(part), rollout))
-        states.append(rollout.states)
-        actions.append(rollout.actions)
-    states = [tuple(torch.cat(kind) for kind in zip(*level)) for level in zip(*states)]  # three pairs (rate, fuse)
-    return torch.cat(restored), states, torch.cat(actions)
+        y = model.decode(encoding, rollout, copies=n)
+        flat = (y, rollout.actions, *(state for level in rollout.states for state in level))
+        parts.append([t.unflatten(0, (-1, n)) for t in flat])  # (B, n, …) each
+    y, actions, *states = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*parts))
+    return y, list(zip(states[::2], states[1::2])), actions
 
 
 def half_precision(args):

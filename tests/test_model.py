@@ -158,7 +158,7 @@ def test_one_encoding_serves_a_group(net):
         return gates[: len(y)]
 
     with torch.no_grad():
-        group = net.decode(net.encode(x).repeat(3), controller)
+        group = net.decode(net.encode(x), controller, copies=3)
         alone = net(x.repeat_interleave(3, dim=0), controller)
     assert torch.allclose(group, alone, atol=1e-5)
 

@@ -127,7 +127,7 @@ def test_replay_and_mean_in_one_batch(setting):
     y_best = rollout(net, control, x)
     y_det = rollout(net, policy.mean(), x)
     with torch.no_grad():
-        both = net.decode(net.encode(x).repeat(2), policy.replay_and_mean(control.actions)).unflatten(0, (2, 2))
+        both = net.decode(net.encode(x), policy.replay_and_mean(control.actions), copies=2).unflatten(0, (2, 2))
     assert torch.allclose(both[:, 0], y_best, atol=1e-5) and torch.allclose(both[:, 1], y_det, atol=1e-5)
 
 

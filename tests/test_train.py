@@ -148,8 +148,8 @@ def test_rollouts_obey_the_spread_that_the_heads_start_with(tmp_path):
         with torch.no_grad():
             encoding = net.encode(degraded)
             y_det = net.decode(encoding, policy.mean())
-            group = net.decode(encoding.repeat(8), policy.sample(torch.Generator().manual_seed(0)))
-            same = net.decode(encoding.repeat(8), policy.mean())
+            group = net.decode(encoding, policy.sample(torch.Generator().manual_seed(0)), copies=8)
+            same = net.decode(encoding, policy.mean(), copies=8)
         losses.append(data.psnr(y_det[0], gt[0]) - np.mean([data.psnr(y, gt[0]) for y in group]))
         spreads.append(reward(group, gt, [sample.task])[0].std().item())
         rounding.append(reward(same, gt, [sample.task])[0].std().item())
