@@ -26,6 +26,8 @@ UNUSED = re.compile(r"fre[123]\.(conv\.weight|score_gen\.weight|score_gen\.bias)
 # to an empty mask on images under 200 px. A Beta of that mean opens a mask in a few percent of rollouts only.
 EMPTY_RATE = 0.01
 
+STRIP = 1 << 18  # px; without graph, a feed-forward layer takes maps above this size in strips
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the text says which and why, in one sentence."""
@@ -114,6 +116,16 @@ class FeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x):
+        if torch.is_grad_enabled() or x[:, 0].numel() <= STRIP:
+            return self.gated(x)
+        # A large photo has no memory for the hidden maps, five times as wide as x: a few rows at a time.
+        out, rows = torch.empty_like(x), max(STRIP // x[:, 0, 0].numel(), 8)
+        for top in range(0, x.shape[2], rows):
+            first = max(top - 1, 0)  # with a row of context on either side, for the 3×3
+            out[:, :, top : top + rows] = self.gated(x[:, :, first : top + rows + 1])[:, :, top - first :][:, :, :rows]
+        return out
+
+    def gated(self, x):
         gate, value = pointwise_depthwise(x, self.project_in, self.dwconv, 2)
         return self.project_out(F.gelu(gate) * value)
 
