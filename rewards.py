@@ -3,6 +3,7 @@
 Images are (B, 3, H, W) RGB in [0, 1]; `y` is restored, `gt` the ground truth. Every reward returns (B,) values in [0, 1].
 """
 
+import itertools
 import math
 import urllib.request
 from pathlib import Path
@@ -93,8 +94,8 @@ def clip_embedding(net, images):
     images = F.interpolate(images, shape, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     images = images[..., top : top + size, left : left + size]
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (visual.image_mean, visual.image_std))
-    return F.normalize(net.encode_image((images - mean) / std), dim=-1)
+    channels = zip(images.unbind(dim=1), visual.image_mean, visual.image_std)
+    return F.normalize(net.encode_image(torch.stack([(c - mean) / std for c, mean, std in channels], dim=1)), dim=-1)
 
 
 def r_clip(embedding_y, embedding_gt):
@@ -132,14 +133,15 @@ def r_qwen(score):
 
 def luma(image):
     """Y = .299 R + .587 G + .114 B, (B, H, W)."""
-    return (image * image.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(dim=1)
+    r, g, b = image.unbind(dim=1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 def sobel(z):
     """(Gx, Gy) of (B, H, W) with the plain 3×3 Sobel kernels, borders replicated."""
-    kernel = z.new_tensor(((-1, 0, 1), (-2, 0, 2), (-1, 0, 1)))
-    gradients = F.conv2d(F.pad(z[:, None], (1, 1, 1, 1), mode="replicate"), torch.stack((kernel, kernel.T))[:, None])
-    return gradients.unbind(dim=1)
+    z = F.pad(z[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    rows, columns = z[:, :-2] + 2 * z[:, 1:-1] + z[:, 2:], z[..., :-2] + 2 * z[..., 1:-1] + z[..., 2:]  # 1 2 1
+    return rows[..., 2:] - rows[..., :-2], columns[:, 2:] - columns[:, :-2]  # -1 0 1
 
 
 def magnitude(z):
@@ -357,10 +359,9 @@ class Reward:
         if "ssim" in on:
             terms["ssim"] = r_ssim(y, gts)
         if "task" in on:
-            terms["task"] = y.new_zeros(b * g)
-            for task in set(tasks):
-                mine = torch.tensor([t == task for t in tasks for _ in range(g)], device=y.device)
-                terms["task"][mine] = r_task(y[mine], gts[mine], task)
+            runs = [(task, g * len(list(images))) for task, images in itertools.groupby(tasks)]  # neighbours of one task
+            parts = zip(runs, *(t.split([n for _, n in runs]) for t in (y, gts)))
+            terms["task"] = torch.cat([r_task(y_run, gt_run, task) for (task, _), y_run, gt_run in parts])
         terms = {name: value.reshape(b, g) for name, value in terms.items()}
         if "qwen" not in on:
             return self._sum(terms, effective_weights(self.weights)), terms

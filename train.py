@@ -232,18 +232,21 @@ def post_train(args):
             if args.objective == "irpo":
                 generator = torch.Generator(device).manual_seed((args.seed << 32) + step)
                 metrics, replay = irpo_step(model, policy, ref, reward, batch, args, step / steps, generator)
-                metrics |= optimizer_step(optimizer, names)
+                metrics |= optimizer_step(optimizer)
                 for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
                     optimizer.zero_grad()
                     loss, more = policy_loss(policy, ref, replay, args)
                     loss.backward()
-                    metrics |= more | optimizer_step(optimizer, names)
+                    metrics |= more | optimizer_step(optimizer)
             else:
                 metrics = sft_step(model, policy, batch, args)
-                metrics |= optimizer_step(optimizer, names)
+                metrics |= optimizer_step(optimizer)
             values = torch.stack([v.detach().float() for v in metrics.values()]).tolist()  # one synchronisation
             rates = {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor}
-            metrics = dict(zip(metrics, values)) | rates | {"step_time": time.perf_counter() - start}
+            metrics = dict(zip(metrics, values))
+            if not math.isfinite(metrics["grad_norm"]):  # looked at here, so that a GPU need not wait in mid-step
+                raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; a smaller --lr may help")
+            metrics |= rates | {"step_time": time.perf_counter() - start}
             log.write(step + 1, metrics)
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
             bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
@@ -302,12 +305,10 @@ def one_of_each_task(samples):
     return [indices[k % len(indices)] for k, indices in enumerate(members)]
 
 
-def optimizer_step(optimizer, names):
-    """Adam's step; {"grad_norm": …}. Raises RunError naming the batch if a gradient is not finite."""
+def optimizer_step(optimizer):
+    """Adam's step; {"grad_norm": …}."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not torch.isfinite(norm):
-        raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; a smaller --lr may help")
     optimizer.step()
     return {"grad_norm": norm}
 

@@ -346,6 +346,12 @@ def test_pretraining_goes_on_with_the_same_settings_only(init, photos, tmp_path,
     assert "not of this version" in fails(capsys, train.main, [*flags, "--init", init])
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_by_name(small, tmp_path, capsys):
+    flags = small("a", "--lr", "1e30", "--steps", "4", "--save-every", "1")
+    assert "is not finite" in fails(capsys, train.main, flags)
+    assert [row["step"] for row in runs.read_metrics(tmp_path / "a")] == [1]  # what came of the first, finite one
+
+
 def test_nothing_usable_is_an_error(small, photos, capsys):
     whole = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(whole[:400])
