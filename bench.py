@@ -346,7 +346,8 @@ def bench_mining(args):
 def bench_scaling(args):
     """Our step for growing groups and crops, and `restore` for growing photos: a table (Markdown) and a plot."""
     model = build(args)
-    print("\n| step: crop | " + " | ".join(f"G = {g}" for g in args.groups) + " |\n|---" * (1 + len(args.groups)) + "|")
+    print("\n| step: crop | " + " | ".join(f"G = {g}" for g in args.groups) + " |")
+    print("|---" * (1 + len(args.groups)) + "|")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     for crop in args.crops:
         cells = []
