@@ -348,7 +348,7 @@ def bench_scaling(args):
     model = build(args)
     print("\n| step: crop | " + " | ".join(f"G = {g}" for g in args.groups) + " |")
     print("|---" * (1 + len(args.groups)) + "|")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3))
     for crop in args.crops:
         cells = []
         for group in args.groups:
@@ -374,14 +374,11 @@ def bench_scaling(args):
             lines[tile].append(cells[-1])
         print(f"| {w}×{h} | " + " | ".join(f"{t:.1f} s, {m:.0f} MiB" for t, m in cells) + " |", flush=True)
     for tile, cells in lines.items():
-        axes[2].plot(args.megapixels, [m for _, m in cells], "o-", label="whole: MiB" if tile is None else f"tiles of {tile}: MiB")
-    seconds_axis = axes[2].twinx()
-    for tile, cells in lines.items():
-        seconds_axis.plot(args.megapixels, [t for t, _ in cells], "x--", label="whole: s" if tile is None else f"tiles of {tile}: s")
-    axes[2].set(title="restoring a photo", xlabel="megapixels", ylim=(0, None))
-    axes[2].legend(fontsize=7, loc="upper left")
-    seconds_axis.legend(fontsize=7, loc="lower right")
-    seconds_axis.set_ylim(0, None)
+        for axis, values in zip(axes[2:], zip(*cells)):
+            axis.plot(args.megapixels, values, "o-", label=f"tiles of {tile} px" if tile else "whole")
+    for axis, title in zip(axes[2:], ("seconds per photo", "MiB per photo beyond weights")):
+        axis.set(title=title, xlabel="megapixels", ylim=(0, None))
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(args.plot, dpi=110)
     print(f"\nthe plot is {args.plot}")
