@@ -9,14 +9,19 @@ Both sides run in one process with the same weights, inputs and actions, in turn
 two runs, and of two machines, cannot be compared.
 """
 
+import argparse
 import copy
 import gc
 import math
+import os
 import statistics
 import sys
 import time
 import types
 from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory here, talks on standard error
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,10 +40,10 @@ import train
 
 
 def plain_layer_norm(self, x):
-    x = x.permute(0, 2, 3, 1).contiguous()
+    x = x.permute(0, 2, 3, 1)
     mean, variance = x.mean(dim=-1, keepdim=True), x.var(dim=-1, keepdim=True, correction=0)
     x = (x - mean) / torch.sqrt(variance + 1e-5) * self.body.weight + self.body.bias
-    return x.permute(0, 3, 1, 2).contiguous()
+    return x.permute(0, 3, 1, 2)
 
 
 def plain_channel_attention(q, k, v, temperature):
@@ -91,21 +96,34 @@ def plain_aflb(self, x, y, mask_rule, rates, control=None):
     return g_f[:, None, None, None] * (self.para2 * y) + g_o[:, None, None, None] * (self.para1 * o)
 
 
+def plain_resample(self, x):
+    return self.body(x)
+
+
+def plain_encode(self, x):
+    skip1 = self.encoder_level1(self.patch_embed(x))
+    skip2 = self.encoder_level2(self.down1_2(skip1))
+    skip3 = self.encoder_level3(self.down2_3(skip2))
+    return adair.Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
+
+
 PLAIN = {
     adair.LayerNorm: plain_layer_norm,
     adair.Attention: plain_attention,
     adair.CrossAttention: plain_cross_attention,
     adair.FeedForward: plain_feed_forward,
     adair.AFLB: plain_aflb,
+    adair.Resample: plain_resample,
 }
 
 
 def plain_adair(model):
-    """A copy of the model that computes the same the plain way, NCHW."""
+    """A copy of the model that computes the same the plain way, in the layout its layers happen to return."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in plain.modules():
         if type(module) in PLAIN:
             module.forward = types.MethodType(PLAIN[type(module)], module)
+    plain.encode = types.MethodType(plain_encode, plain)
     return plain
 
 
@@ -160,7 +178,8 @@ def wait_for(device):
 
 
 def peak_memory(function, device):
-    """MiB of tensors that function() holds at its height, beyond what was held before."""
+    """MiB of tensors that function() holds at its height, beyond what was held before: not weights and Adam's moments,
+    which it is the caller's to have, with no gradients left over. (A process takes more than its tensors.)"""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -184,6 +203,7 @@ def gradients(*modules):
 def distance(ours, plain):
     """Of two sets of gradients {name: tensor}: ‖a − b‖/‖b‖ of all in one vector; the largest max|a − b|/max|b| of a
     tensor, and its name."""
+    assert ours.keys() == plain.keys()
     whole = torch.stack([(ours[k] - g).norm() for k, g in plain.items()]).norm() / torch.stack([g.norm() for g in plain.values()]).norm()
     worst = max((((ours[k] - g).abs().max() / g.abs().max().clamp(min=1e-30)).item(), k) for k, g in plain.items())
     return whole.item(), *worst
@@ -233,7 +253,7 @@ def our_step(args, model):
         optimizer.zero_grad()
         result = train.irpo_step(model, policy, ref, reward, batch, flags, 0.5, generator.manual_seed(args.seed))
         if update:
-            optimizer.step()
+            train.optimizer_step(optimizer)
         return result
 
     return step, (policy, ref, reward, batch, flags)
@@ -254,7 +274,7 @@ def bench_step(args):
         plain_optimizer.zero_grad()
         loss = plain_step(plain, plain_policy, ref, reward, batch, flags, 0.5, actions)
         if update:
-            plain_optimizer.step()
+            train.optimizer_step(plain_optimizer)
         return loss
 
     loss = step_plainly(update=False).item()
@@ -267,6 +287,7 @@ def bench_step(args):
         encoding = model.encode(x)
 
     def encode():
+        model.zero_grad()
         with half():
             code = model.encode(x)
         torch.autograd.backward(code[1:], [torch.ones_like(t) for t in code[1:]])
@@ -276,12 +297,17 @@ def bench_step(args):
             model.decode(encoding, take, copies=args.group_size)
 
     def decode_pair():
+        model.zero_grad()
         with half():
             restored = model.decode(encoding, take, copies=2)
         restored.mean().backward()
 
     times = seconds((step, step_plainly, encode, decode_group, decode_pair), args.repeats, args.device)
-    memory = [peak_memory(function, args.device) for function in (step, step_plainly)]
+    memory = []
+    for function in (step, step_plainly):
+        for module in (model, policy, plain, plain_policy):
+            module.zero_grad()
+        memory.append(peak_memory(function, args.device))
     print(f"  {'step':34} {1000 * times[0]:9.1f} ms {memory[0]:8.0f} MiB")
     print(f"  {'plain step':34} {1000 * times[1]:9.1f} ms {memory[1]:8.0f} MiB")
     print(f"  {'plain / ours':34} {times[1] / times[0]:9.2f}    {memory[1] / memory[0]:8.2f}")
@@ -354,12 +380,13 @@ def bench_scaling(args):
         for group in args.groups:
             args.crop, args.group_size = crop, group
             step, _ = our_step(args, model)
-            cells.append((seconds([step], args.repeats, args.device)[0], peak_memory(step, args.device)))
-            del step
+            time_taken = seconds([step], args.repeats, args.device)[0]
+            model.zero_grad()
+            cells.append((time_taken, peak_memory(step, args.device)))
         print(f"| {crop} px | " + " | ".join(f"{t:.2f} s, {m:.0f} MiB" for t, m in cells) + " |", flush=True)
         for axis, values in zip(axes, zip(*cells)):
             axis.plot(args.groups, values, "o-", label=f"crop {crop}")
-    for axis, title in zip(axes, ("seconds per step", "MiB per step beyond weights")):
+    for axis, title in zip(axes, ("seconds per step", "MiB of tensors per step")):
         axis.set(title=title, xlabel="G, rollouts per image", xticks=args.groups, ylim=(0, None))
         axis.legend(fontsize=7)
 
@@ -370,13 +397,13 @@ def bench_scaling(args):
         x, cells = torch.rand(3, h, w), []
         for tile in lines:
             run = partial(adair.restore, model, x, tile)
-            cells.append((seconds([run], 1, args.device)[0], peak_memory(run, args.device)))
+            cells.append((seconds([run], args.repeats, args.device)[0], peak_memory(run, args.device)))
             lines[tile].append(cells[-1])
         print(f"| {w}×{h} | " + " | ".join(f"{t:.1f} s, {m:.0f} MiB" for t, m in cells) + " |", flush=True)
     for tile, cells in lines.items():
         for axis, values in zip(axes[2:], zip(*cells)):
             axis.plot(args.megapixels, values, "o-", label=f"tiles of {tile} px" if tile else "whole")
-    for axis, title in zip(axes[2:], ("seconds per photo", "MiB per photo beyond weights")):
+    for axis, title in zip(axes[2:], ("seconds per photo", "MiB of tensors per photo")):
         axis.set(title=title, xlabel="megapixels", ylim=(0, None))
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -393,7 +420,7 @@ def main(argv):
     whole = runs.number(int, 1)
     p.add_argument("what", nargs="?", choices=commands, default="both", help="what to measure; both: step and inference")
     p.add_argument("--model", choices=("demo", "paper"), default="demo", help="paper: Table 6's size, random weights")
-    p.add_argument("--crop", type=runs.multiple_of_8, default=128, help="px a side, of the step")
+    p.add_argument("--crop", type=crop_size, default=128, help="px a side, of the step; 16 to 400")
     p.add_argument("--group-size", type=whole, default=4, help="G, of the step")
     p.add_argument("--batch-size", type=whole, default=1, help="images, of the step")
     p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
@@ -401,26 +428,43 @@ def main(argv):
     p.add_argument("--compile", action="store_true", help="torch.compile, on our side alone")
     p.add_argument("--sizes", type=runs.multiple_of_8, nargs="+", default=[256, 512], help="px a side, of inference")
     p.add_argument("--groups", type=whole, nargs="+", default=[2, 4, 8, 16], help="G, of scaling")
-    p.add_argument("--crops", type=runs.multiple_of_8, nargs="+", default=[64, 128, 192, 256], help="px a side, of scaling")
+    p.add_argument("--crops", type=crop_size, nargs="+", default=[64, 128, 192, 256], help="px a side, of scaling")
     p.add_argument("--megapixels", type=runs.number(float, 0.01), nargs="+", default=[0.25, 1.0, 2.0, 4.0], help="photos, of scaling")
-    p.add_argument("--plot", default="cost.png", help="where scaling draws its plot")
+    p.add_argument("--plot", default="cost.png", help="PNG that scaling draws")
     p.add_argument("--data-root", help="images, of mining; default: the embedded photographs")
     p.add_argument("--images", type=whole, default=35, help="how many, of mining")
     p.add_argument("--repeats", type=whole, default=5, help="timings of which the median is taken")
-    p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights, crops and actions")
+    p.add_argument("--seed", type=runs.number(int, 0, 2**31 - 1), default=0, help="of weights, crops and actions")
     p.add_argument("--system-malloc", action="store_true", help="leave glibc's allocator as it is (runs.keep_freed_memory)")
     args = p.parse_args(argv)
+    if args.what in ("mining", "scaling") and (args.compile or args.dtype != "fp32"):
+        p.error(f"{args.what} is measured in fp32 and not compiled")
+    if args.what == "scaling" and (not args.plot.endswith(".png") or not Path(args.plot).resolve().parent.is_dir()):
+        p.error(f"--plot: {args.plot} must be a .png in a folder that exists")
     if not args.system_malloc:
         runs.keep_freed_memory()
-    where = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    gpu = torch.device(args.device).type == "cuda"
+    where = torch.cuda.get_device_name(args.device) if gpu else f"{torch.get_num_threads()} CPU threads"
+    dtype = f"{args.dtype}{' (plain: fp32)' if args.dtype == 'bf16' else ''}{', compiled (plain: not)' if args.compile else ''}"
     try:
         for bench in commands[args.what]:
-            print(f"{bench.__name__.removeprefix('bench_')}: model {args.model}, {args.dtype}, {where}, torch {torch.__version__}, seed {args.seed}, {args.repeats} repeats", flush=True)
+            what = bench.__name__.removeprefix("bench_")
+            print(f"{what}: model {args.model}, {dtype}, {where}, torch {torch.__version__}, seed {args.seed}, {args.repeats} repeats", flush=True)
             bench(args)
-    except (data.DataError, adair.CheckpointError, runs.RunError) as error:
+    except (data.DataError, adair.CheckpointError, runs.RunError, OSError) as error:
         return p.fail(error)
     except torch.OutOfMemoryError:
         return p.fail("out of GPU memory: a smaller --crop, --batch-size or --group-size needs less")
+    except KeyboardInterrupt:
+        return p.fail("stopped")
+
+
+def crop_size(text):
+    """An argparse type: a crop that SSIM can take and the smallest of the photographs has."""
+    value = runs.multiple_of_8(text)
+    if not 16 <= value <= 400:
+        raise argparse.ArgumentTypeError(f"it is {value}; it must be 16 to 400")
+    return value
 
 
 if __name__ == "__main__":

@@ -570,8 +570,8 @@ def mine(restore, samples, known=(), pixels=0):
 
     restore: (B, 3, H, W) -> (B, 3, H, W). known: {digest: psnr} of an earlier run with the same model, reused where a
     sample's contents are unchanged. An image that cannot be used is named in `problems` and left out.
-    pixels: images of one size are restored together, up to so many pixels, while others are decoded (a GPU). 0: every
-    core takes images by itself (a CPU, where a batch is no faster, and a network on two cores slower than two on one).
+    pixels: images of one size are restored together, up to so many pixels, while others are decoded (a GPU). 0: up to four
+    images side by side, on a share of the cores each (a CPU: measured on two cores, batches gained nothing).
     """
     known, digests, problems = dict(known), {}, {}
     one_at_a_time = threading.Lock() if pixels else contextlib.nullcontext()
@@ -586,17 +586,19 @@ def mine(restore, samples, known=(), pixels=0):
                     pairs[i] = load_pair(samples[i])
             except (DataError, OSError) as error:
                 problems[i] = str(error)
-        if pairs:
+        for shape in {gt.shape for _, gt in pairs.values()}:  # one, unless a header did not tell the truth
+            same = [i for i, (_, gt) in pairs.items() if gt.shape == shape]
             with one_at_a_time:
-                restored = restore(torch.stack([degraded for degraded, _ in pairs.values()]))
-            known.update({digests[i]: psnr(y, gt) for y, (i, (_, gt)) in zip(restored, pairs.items())})
+                restored = restore(torch.stack([pairs[i][0] for i in same]))
+            known.update({digests[i]: psnr(y, pairs[i][1]) for i, y in zip(same, restored)})
         return len(batch)
 
     batches, threads = batches_of_one_size(samples, pixels), torch.get_num_threads()
-    pool = ThreadPoolExecutor(max(threads, 2), initializer=torch.set_num_threads, initargs=(threads if pixels else 1,))
+    workers = min(max(threads, 2), 4)  # each may hold a large photo's feature maps
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),))
     try:
         with tqdm(total=len(samples), desc="mining", unit="image", smoothing=0.1, leave=False) as bar:
-            for k in range(0, len(batches), 1000):  # the pool holds what it is given
+            for k in range(0, len(batches), 1000):  # a pool keeps everything it is given in memory
                 for n in pool.map(score, batches[k : k + 1000]):
                     bar.update(n)
     finally:

@@ -116,7 +116,7 @@ class FeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x[:, 0].numel() <= STRIP:
+        if torch.is_grad_enabled() or x[:, 0].numel() <= STRIP or torch.compiler.is_compiling():
             return self.gated(x)
         # A large photo has no memory for the hidden maps, five times as wide as x: a few rows at a time.
         out, rows = torch.empty_like(x), max(STRIP // x[:, 0, 0].numel(), 8)
@@ -228,13 +228,14 @@ class AFLB(nn.Module):
         h, w = y.shape[-2:]
         f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
         if control is not None:
-            r_h, r_l, g_f, g_o = control(f, y)[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
+            r_h, r_l, g_f, g_o = control(f, y)[:, :, None, None, None].unbind(1)  # (B n, 1, 1, 1) each
             rate = torch.stack((r_h.flatten(), r_l.flatten()), dim=1)
         elif mask_rule == "adair":
-            rate = self.rate_conv(f.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
+            with torch.autocast(f.device.type, enabled=False):  # half a precision could be a row of the mask
+                rate = self.rate_conv(f.to(self.para1.dtype).mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
             rate = rate.repeat_interleave(len(y) // len(x), dim=0)
         else:
-            rate = f.new_tensor(rates).expand(len(y), 2)
+            rate = torch.stack([torch.full((len(y),), r, device=y.device) for r in rates], dim=1)
         rate = rate.float()
         mask = band_mask(self.half_size(rate[:, 0], h, mask_rule), self.half_size(rate[:, 1], w, mask_rule), h, w)
         low, high = split_bands(f, mask)
@@ -254,7 +255,7 @@ class Resample(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(dim, conv_out, 3, padding=1, bias=False), shuffle(2))
 
     def forward(self, x):
-        return self.body(x)
+        return self.body(x).contiguous(memory_format=torch.channels_last)  # on a GPU, shuffles return another layout
 
 
 class PatchEmbed(nn.Module):
@@ -350,14 +351,17 @@ class AdaIR(nn.Module):
         return Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
 
     def decode(self, encoding, controller=None, copies=1):
-        """The restored images (B n, 3, H, W), not clamped: every image n = `copies` times in a row, and what no control
-        touches computed once. At AFLB number `level` (0, 1, 2) `controller(level, f, y)`, f (B, C, H, W) the images'
+        """The restored images (B n, 3, H, W), not clamped: every image n = `copies` times in a row, its features f and
+        their spectrum computed once. At AFLB number `level` (0, 1, 2) `controller(level, f, y)`, f (B, C, H, W) the images'
         features and y (B n, C, H, W) the latents, returns (B n, 4): r_h, r_l, g_f, g_o. Without a controller: the
         original's gates of 1, and rates by the mask rule."""
         x, skip1, skip2, skip3, latent = encoding
-        if copies > 1:  # indexing keeps channels last, repeat_interleave does not
-            index = torch.arange(len(x), device=x.device).repeat_interleave(copies)
-            skip1, skip2, skip3, latent = (t[index] for t in (skip1, skip2, skip3, latent))
+
+        def copied(t):  # joining keeps channels last, repeat_interleave() does not
+            return torch.cat([image for image in t.split(1) for _ in range(copies)])
+
+        if copies > 1:
+            skip1, skip2, skip3, latent = (copied(t) for t in (skip1, skip2, skip3, latent))
 
         def aflb(level, y):
             control = None if controller is None else lambda f, y: controller(level, f, y)

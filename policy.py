@@ -76,8 +76,9 @@ class BetaHead(nn.Module):
         self.out.bias.data = RAW_MAX - (RAW_MAX - raw).expm1().log()  # the inverse of soft_cap
 
     def forward(self, state):
-        raw = self.out(F.gelu(self.embed(state.flatten(1)[:, :, None, None])))
-        alpha, beta = (1 + soft_cap(raw).exp()).flatten(1).chunk(2, dim=1)
+        hidden = F.gelu(F.linear(state.flatten(1), self.embed.weight.flatten(1), self.embed.bias))
+        raw = F.linear(hidden, self.out.weight.flatten(1), self.out.bias)  # as products: a GPU's convolutions round to TF32
+        alpha, beta = (1 + soft_cap(raw).exp()).chunk(2, dim=1)
         return alpha, beta
 
 

@@ -55,12 +55,13 @@ def ssim(y, gt, sigma=1.5, radius=5):
     window = (-x.square() / (2 * sigma**2)).exp()
     window = window / window.sum()
 
-    def filters(n):  # (n - 2 radius, n): a row for every window along a side of n px. As matrix products, filtering is
-        shift = torch.arange(n, device=y.device) - torch.arange(n - 2 * radius, device=y.device)[:, None]  # ten times
-        return torch.where((shift >= 0) & (shift <= 2 * radius), window[shift.clamp(0, 2 * radius)], 0)  # faster here
+    # Filtering a side of n px is a product with a matrix of one row per window: ten times faster than a convolution here.
+    def filters(n):  # (n - 2 radius, n)
+        shift = torch.arange(n, device=y.device) - torch.arange(n - 2 * radius, device=y.device)[:, None]
+        return torch.where((shift >= 0) & (shift <= 2 * radius), window[shift.clamp(0, 2 * radius)], 0)
 
-    moments = torch.stack((y, gt, y * y, gt * gt, y * gt))  # (5, B, C, H, W)
-    m_y, m_gt, yy, gg, yg = filters(y.shape[-2]) @ moments @ filters(y.shape[-1]).T
+    rows, columns = filters(y.shape[-2]), filters(y.shape[-1]).T
+    m_y, m_gt, yy, gg, yg = (rows @ z @ columns for z in (y, gt, y * y, gt * gt, y * gt))
     c1, c2 = 0.01**2, 0.03**2
     structure = (2 * (yg - m_y * m_gt) + c2) / (yy - m_y**2 + gg - m_gt**2 + c2)
     luminance = (2 * m_y * m_gt + c1) / (m_y**2 + m_gt**2 + c1)

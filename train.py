@@ -41,7 +41,7 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
     """Forward and backward of one IRPO step; gradients are left in the parameters.
 
     batch: degraded and gt (B, 3, H, W), B tasks. Returns (metrics, replay): metrics {name: scalar tensor}, and what
-    `policy_step` needs to use the group once more.
+    `policy_loss` needs to use the group once more.
     """
     degraded, gt, tasks = batch
     with torch.set_grad_enabled(not args.freeze_backbone), half_precision(args):
@@ -116,7 +116,7 @@ def compile_blocks(model):
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise runs.RunError(f"--compile does not work here, leave it out ({type(error).__name__}: {reason})") from None
-    torch._dynamo.config.recompile_limit = 64  # per function: four widths × (encode, group, pair, validation), and their graphs
+    torch._dynamo.config.cache_size_limit = 64  # per function: four widths × (encode, group, pair, validation), and their graphs
     for block in model.modules():
         if isinstance(block, adair.TransformerBlock):
             block.compile()
@@ -220,7 +220,7 @@ def post_train(args):
     if args.compile:
         compile_blocks(model)
     crops = data.Crops(hard, args.crop, args.seed, steps * args.batch_size)
-    loader = data_loader(crops, args.batch_size, step * args.batch_size, args.workers)
+    loader = data_loader(crops, args.batch_size, step * args.batch_size, args)
     log = runs.Log(run, step)
     bar = tqdm(total=steps, initial=step, desc=args.objective, unit="step", smoothing=0.05)
     start = time.perf_counter()
@@ -322,10 +322,12 @@ def keep_best(save, rows, best_psnr):
     return best_psnr
 
 
-def data_loader(crops, batch, start, workers):
+def data_loader(crops, batch, start, args):
     """Batches of crops number start, start + 1, …"""
-    sampler, pin = range(start, len(crops)), torch.cuda.is_available()
-    return DataLoader(crops, batch, sampler=sampler, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
+    on_gpu = torch.device(args.device).type == "cuda"
+    workers = (4 if on_gpu else 0) if args.workers is None else args.workers
+    sampler = range(start, len(crops))
+    return DataLoader(crops, batch, sampler=sampler, num_workers=workers, collate_fn=data.collate, pin_memory=on_gpu)
 
 
 def known_scores(paths, digest):
@@ -463,7 +465,7 @@ def pretrain(args):
             crop, batch = stage(step)
             end = next((s for s in range(step, args.steps) if stage(s) != (crop, batch)), args.steps)
             crops = data.Crops(samples, crop, args.seed, end * batch, fresh=True, cycle=args.cycle)
-            for degraded, gt, _, names, broken in data_loader(crops, batch, step * batch, args.workers):
+            for degraded, gt, _, names, broken in data_loader(crops, batch, step * batch, args):
                 report_skipped(broken)
                 warm_up, decay = min(1, (step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
                 optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
@@ -529,7 +531,7 @@ def post_train_parser():
     add("--device", runs.default_device(), "cpu, cuda, cuda:1, …", runs.device)
     add("--amp", "fp32", "bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32", choices=("fp32", "bf16"))
     add("--compile", False, "torch.compile of the transformer blocks, for GPUs and long runs: it takes minutes to start", action="store_true")
-    add("--workers", runs.default_workers(), "processes that load images; default: 0 on a CPU, 4 beside a GPU", runs.number(int, 0, 256))
+    add("--workers", None, "processes that load images; default: 0 on a CPU, 4 beside a GPU", runs.number(int, 0, 256))
     add("--hard-ratio", 0.3, "share of the training set in D_hard, Sec. 3.2, Table 6", runs.number(float, 0, 1, open_low=True))
     add("--select", "hard", "which samples, Fig. 5", choices=("hard", "random", "easy", "all"))
     add("--hard-scope", "task", "rank within each task and noise level, or all together", choices=("task", "global"))
@@ -577,7 +579,7 @@ def pretrain_parser():
     p.add_argument("--save-every", type=runs.number(int, 1), default=100, help="steps between checkpoints")
     p.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="bf16: bfloat16 autocast, for GPUs")
     p.add_argument("--compile", action="store_true", help="torch.compile of the transformer blocks: it takes minutes to start")
-    p.add_argument("--workers", type=runs.number(int, 0), default=runs.default_workers(), help="processes that load images")
+    p.add_argument("--workers", type=runs.number(int, 0), help="processes that load images; default: 0 on a CPU, 4 beside a GPU")
     p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
     p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
     return p
@@ -633,6 +635,9 @@ def main(argv):
     except KeyboardInterrupt:
         again = "the same command" if argv[:1] == ["pretrain"] else "--resume RUN"
         return parser.fail(f"stopped; {again} goes on from the last checkpoint")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        return parser.fail(f"--compile does not work here, leave it out ({type(error).__name__}: {reason})")
 
 
 if __name__ == "__main__":

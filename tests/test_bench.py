@@ -8,8 +8,16 @@ import data
 import model as adair
 import policy as policies
 import rewards
+import runs
 import train
 from conftest import small_adair
+
+
+def data_of(folder, i):
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(i)
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8, generator=generator), (64, 64), mode="bicubic")
+    runs.write_image(folder / f"{i}x.png", image[0])
 
 
 def batch_of(b, side, generator, dtype=torch.float32):
@@ -22,22 +30,26 @@ def test_the_plain_model_is_adair():
     plain, controls = bench.plain_adair(net), torch.tensor([[0.4, 0.6, 1.2, 0.7], [0.1, 0.9, 0.8, 1.1]], dtype=torch.float64)
     for controller in (None, lambda level, f, y: controls):
         assert torch.allclose(net(x, controller), plain(x, controller), atol=1e-12)
+    assert plain.patch_embed(x).is_contiguous() and net.encode(x).skip1.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("group", [3, 6])  # 6 are drawn as 4 and 2
-def test_our_step_is_the_plain_step(group):
-    """In float64 the loss and every tensor of the gradient agree to 1e-6 (the policy and the rewards stay float32)."""
+@pytest.mark.parametrize("group, dtype", [(3, torch.float64), (6, torch.float64), (3, torch.float32)])  # 6: drawn as 4 and 2
+def test_our_step_is_the_plain_step(group, dtype):
+    """Loss and gradient as one vector to 1e-4 in float32; every tensor of the gradient to 1e-6 in float64, where policy
+    and rewards stay float32."""
     args, g = train.parse(["--group-size", str(group)]), torch.Generator().manual_seed(0)
-    net, reward = small_adair(para1=0.1).double(), rewards.Reward(rewards.parse_terms("default"))
-    policy, batch = policies.policy_for(net), batch_of(2, 32, g, torch.float64)
+    net, reward = small_adair(para1=0.1).to(dtype), rewards.Reward(rewards.parse_terms("default"))
+    policy, batch = policies.policy_for(net), batch_of(2, 32, g, dtype)
     ref = policies.policy_for(net, concentration=20)
     plain, plain_policy = bench.plain_adair(net), policies.policy_for(net)
     plain_policy.load_state_dict(policy.state_dict())
     metrics, (_, actions, *_) = train.irpo_step(net, policy, ref, reward, batch, args, 0.5, g)
     loss = bench.plain_step(plain, plain_policy, ref, reward, batch, args, 0.5, actions)
-    assert metrics["loss/total"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["loss/total"].item() == pytest.approx(loss.item(), rel=1e-4)
     whole, worst, name = bench.distance(bench.gradients(net), bench.gradients(plain))
-    assert whole < 1e-9 and worst < 1e-6, name
+    if dtype == torch.float64:
+        assert whole < 1e-9 and worst < 1e-6, name
+    assert whole < 1e-4
     whole, worst, name = bench.distance(bench.gradients(policy), bench.gradients(plain_policy))
     assert whole < 1e-3, name
 
@@ -122,9 +134,16 @@ def test_mask_sizes_do_not_depend_on_bf16():
     block, x = adair.AFLB(16), torch.rand(1, 3, 64, 64)
     seen = []
     block.half_size = lambda rate, side, rule: seen.append(rate.clone()) or adair.AFLB.half_size(block, rate, side, rule)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        block(x, torch.rand(1, 16, 8, 8).bfloat16(), "fraction", (0.25, 0.25), lambda f, y: torch.tensor([[0.7004, 0.3, 1.0, 1.0]]))
-    assert seen[0].item() == pytest.approx(0.7004, abs=1e-7)
+    y, controls = torch.rand(1, 16, 8, 8), torch.tensor([[0.7004, 0.3, 1.0, 1.0]])
+    with torch.no_grad():
+        block(x, y, "adair", ())
+        with torch.autocast("cpu", torch.bfloat16):
+            block(x, y.bfloat16(), "fraction", (), lambda f, y: controls)
+            block(x, y.bfloat16(), "fraction", (0.7004, 0.3))
+            block(x, y.bfloat16(), "adair", ())
+    own, _, from_control, _, constant, _, own_under_bf16, _ = (rate.item() for rate in seen)
+    assert from_control == constant == pytest.approx(0.7004, abs=1e-7)
+    assert own_under_bf16 == pytest.approx(own, abs=2e-3) and own_under_bf16 != torch.tensor(own_under_bf16).bfloat16().item()
 
 
 def test_transformer_blocks_compile_without_graph_breaks():
@@ -134,6 +153,38 @@ def test_transformer_blocks_compile_without_graph_breaks():
     block.compile(backend="aot_eager", fullgraph=True)
     for a, b in zip(torch.autograd.grad(block(y).square().mean(), list(block.parameters())), wanted):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_run_with_compile_is_the_same_run(tmp_path, monkeypatch, capsys):
+    """Through train.main, killed and resumed states included, with a compiler that needs no C++."""
+    compiled, real = [], torch.compile
+
+    def light(function, **options):
+        compiled.append(function)
+        return real(function, backend="aot_eager", **{k: v for k, v in options.items() if k != "backend"})
+
+    monkeypatch.setattr(torch, "compile", light)
+    weights, flags = {}, "--steps 2 --crop 32 --eval-every 9 --data-root".split()
+    for i in range(7):
+        data_of(tmp_path / "photos", i)
+    torch.manual_seed(0)
+    runs.save_checkpoint(tmp_path / "init.pt", dict(model=small_adair().state_dict(), config=small_adair().config))
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        argv = [*flags, str(tmp_path / "photos"), "--init", str(tmp_path / "init.pt"), "--out", str(tmp_path / name), *more]
+        assert train.main(argv) is None
+        weights[name] = adair.read_checkpoint(tmp_path / name / "last.pt")["model"]
+    assert len(compiled) > 5 and weights["plain"].keys() == weights["compiled"].keys()
+    for name, w in weights["plain"].items():
+        assert torch.allclose(w, weights["compiled"][name], atol=3e-5), name  # a few steps of Adam, 1e-5 each
+
+
+def test_a_compiler_that_does_not_work_is_one_sentence(monkeypatch):
+    def broken(function):
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(runs.RunError, match="--compile does not work here, leave it out .RuntimeError: no C"):
+        train.compile_blocks(small_adair())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -170,7 +221,7 @@ def test_mining_gives_the_psnrs_of_a_loop(pixels):
 
     rows, problems = data.mine(restore, samples, pixels=pixels)
     assert not problems and [r["name"] for r in rows] == [s.name for s in samples]
-    assert restored == ([4, 4, 1] if pixels else [1] * 9)
+    assert sorted(restored) == ([1, 4, 4] if pixels else [1] * 9)
     for row, sample in zip(rows, samples):
         degraded, gt = data.load_pair(sample)
         assert row["psnr"] == pytest.approx(data.psnr(adair.restore(net, degraded), gt), abs=1e-3)
@@ -198,4 +249,5 @@ def test_the_command_runs(what, capsys, tmp_path):
     assert bench.main([what, *small, "--plot", str(tmp_path / "cost.png")]) is None
     printed = capsys.readouterr().out
     words = {"step": "plain / ours", "inference": "64 px", "mining": "ratio", "scaling": "| 32 px |"}
-    assert words[what] in printed and (tmp_path / "cost.png").exists() == (what == "scaling")
+    assert words[what] in printed and (what != "scaling" or "\n|---|---|---|\n| 32 px" in printed)
+    assert (tmp_path / "cost.png").exists() == (what == "scaling")
