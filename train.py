@@ -245,6 +245,7 @@ def post_train(args):
             rates = {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor}
             metrics = dict(zip(metrics, values))
             if not math.isfinite(metrics["grad_norm"]):  # looked at here, so that a GPU need not wait in mid-step
+                bar.close()
                 raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; a smaller --lr may help")
             metrics |= rates | {"step_time": time.perf_counter() - start}
             log.write(step + 1, metrics)
