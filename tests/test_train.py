@@ -20,6 +20,7 @@ import eval as evaluation
 import model as adair
 import policy as policies
 import rewards
+import runs
 import train
 
 RUN_FILES = ("config.json", "rewards.json", "hard.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "samples.png", "report.md")
