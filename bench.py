@@ -173,7 +173,7 @@ def seconds(functions, repeats, device):
 
 
 def wait_for(device):
-    if torch.device(device).type == "cuda":
+    if runs.on_gpu(device):
         torch.cuda.synchronize(device)
 
 
@@ -181,7 +181,7 @@ def peak_memory(function, device):
     """MiB of tensors that function() holds at its height, beyond what was held before: not weights and Adam's moments,
     which it is the caller's to have, with no gradients left over. (A process takes more than its tensors.)"""
     gc.collect()
-    if torch.device(device).type == "cuda":
+    if runs.on_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
@@ -230,7 +230,7 @@ def setting(args, model):
     ref = policy.frozen_copy()
     for parameter in ref.parameters():  # otherwise the KL and its gradient are 0
         parameter.data += 0.02 * torch.randn_like(parameter)
-    flags = f"--group-size {args.group_size} --crop {args.crop} --device {args.device} --amp {'bf16' if args.dtype == 'bf16' else 'fp32'}"
+    flags = f"--group-size {args.group_size} --crop {args.crop} --device {args.device} --amp {args.amp}"
     reward = rewards.Reward(rewards.parse_terms("default"), args.device)
     samples = [s._replace(box=()) for s in data.list_embedded(data.EMBEDDED_TRAIN)[::9]]
     crops = data.Crops(samples, args.crop, args.seed, args.batch_size)
@@ -239,15 +239,10 @@ def setting(args, model):
     return policy, ref, reward, batch, train.parse(flags.split())
 
 
-def adam(policy, model):
-    named = [p for name, p in model.named_parameters() if ".rate_conv." not in name]
-    return torch.optim.Adam([dict(params=policy.parameters()), dict(params=named)], lr=1e-6, fused=True)
-
-
 def our_step(args, model):
     """step() -> what `train.irpo_step` returned; Adam's included."""
     policy, ref, reward, batch, flags = setting(args, model)
-    generator, optimizer = torch.Generator(args.device), adam(policy, model)
+    generator, optimizer = torch.Generator(args.device), train.adam(model, policy, flags)
 
     def step(update=True):
         optimizer.zero_grad()
@@ -267,7 +262,7 @@ def bench_step(args):
         train.compile_blocks(model)
     step, (policy, ref, reward, batch, flags) = our_step(args, model)
     plain_policy = copy.deepcopy(policy)
-    plain_optimizer = adam(plain_policy, plain)
+    plain_optimizer = train.adam(plain, plain_policy, flags)
     metrics, (_, actions, *_) = step(update=False)
 
     def step_plainly(update=True):
@@ -328,7 +323,7 @@ def bench_inference(args):
 
         @torch.inference_mode()
         def ours():
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
+            with train.half_precision(args):
                 return model(x)
 
         @torch.inference_mode()
@@ -347,7 +342,7 @@ def bench_mining(args):
     plain = plain_adair(model)
     samples, _, _ = data.list_training(args.data_root)
     samples = samples[:: max(1, len(samples) // args.images)][: args.images]
-    pixels = 1 << 20 if torch.device(args.device).type == "cuda" else 0
+    pixels = 1 << 20 if runs.on_gpu(args.device) else 0
 
     def one_by_one(net):
         values = []
@@ -437,14 +432,14 @@ def main(argv):
     p.add_argument("--seed", type=runs.number(int, 0, 2**31 - 1), default=0, help="of weights, crops and actions")
     p.add_argument("--system-malloc", action="store_true", help="leave glibc's allocator as it is (runs.keep_freed_memory)")
     args = p.parse_args(argv)
+    args.amp = "bf16" if args.dtype == "bf16" else "fp32"  # as train.py calls it
     if args.what in ("mining", "scaling") and (args.compile or args.dtype != "fp32"):
         p.error(f"{args.what} is measured in fp32 and not compiled")
     if args.what == "scaling" and (not args.plot.endswith(".png") or not Path(args.plot).resolve().parent.is_dir()):
         p.error(f"--plot: {args.plot} must be a .png in a folder that exists")
     if not args.system_malloc:
         runs.keep_freed_memory()
-    gpu = torch.device(args.device).type == "cuda"
-    where = torch.cuda.get_device_name(args.device) if gpu else f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name(args.device) if runs.on_gpu(args.device) else f"{torch.get_num_threads()} CPU threads"
     dtype = f"{args.dtype}{' (plain: fp32)' if args.dtype == 'bf16' else ''}{', compiled (plain: not)' if args.compile else ''}"
     try:
         for bench in commands[args.what]:

@@ -379,10 +379,10 @@ def list_training(root=None, val_images=12):
     return train, val, problems
 
 
-def sample_size(sample):
-    """(width, height) of what is meant by a sample, from its file's header. Raises DataError."""
+def sample_size(sample, size=image_size):
+    """(width, height) of what is meant by a sample, from its file's header, which `size` reads. Raises DataError."""
     box = sample.box
-    return (box[2] - box[0], box[3] - box[1]) if box else image_size(sample.gt)
+    return (box[2] - box[0], box[3] - box[1]) if box else size(sample.gt)
 
 
 def check_headers(samples, min_side):
@@ -393,7 +393,7 @@ def check_headers(samples, min_side):
         try:
             gt = size(s.gt)
             degraded = size(s.degraded) if s.degraded else gt
-            w, h = (s.box[2] - s.box[0], s.box[3] - s.box[1]) if s.box else gt
+            w, h = sample_size(s, size)
         except DataError as error:
             problems.append(str(error))
             continue

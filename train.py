@@ -114,12 +114,16 @@ def compile_blocks(model):
     try:
         torch.compile(torch.square)(next(model.parameters()))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise runs.RunError(f"--compile does not work here, leave it out ({type(error).__name__}: {reason})") from None
+        raise runs.RunError(no_compiler(error)) from None
     torch._dynamo.config.cache_size_limit = 64  # per function: four widths × (encode, group, pair, validation), and their graphs
     for block in model.modules():
         if isinstance(block, adair.TransformerBlock):
             block.compile()
+
+
+def no_compiler(error):
+    reason = " ".join(str(error).split())[:200]
+    return f"--compile does not work here, leave it out ({type(error).__name__}: {reason})"
 
 
 def policy_loss(policy, ref, replay, args):
@@ -193,12 +197,7 @@ def post_train(args):
     policy = policies.load_policy(checkpoint) if checkpoint else policies.policy_for(model, args.concentration)
     policy = policy.to(device)
     ref = policy.frozen_copy()
-    groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]
-    if not args.freeze_backbone:
-        # A model without controller asks rate_conv; with one, nobody does.
-        named = [p for name, p in model.named_parameters() if ".rate_conv." not in name]
-        groups.append(dict(params=named, lr=args.lr))
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+    optimizer = adam(model, policy, args)
     step, best_psnr = 0, -math.inf
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -270,8 +269,7 @@ def post_train(args):
 
 def mine_hard(args, run, restore, digest, known, train, resumed):
     """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json."""
-    on_gpu = torch.device(args.device).type == "cuda"
-    rows, broken = data.mine(restore, train, known, pixels=1 << 20 if on_gpu else 0)
+    rows, broken = data.mine(restore, train, known, pixels=1 << 20 if runs.on_gpu(args.device) else 0)
     report_skipped(broken)
     if not rows:
         raise data.DataError("none of the training images can be read")
@@ -306,6 +304,16 @@ def one_of_each_task(samples):
     return [indices[k % len(indices)] for k, indices in enumerate(members)]
 
 
+def adam(model, policy, args):
+    """Adam for the heads and, unless it is frozen, the backbone, each at its rate."""
+    groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]
+    if not args.freeze_backbone:
+        # A model without controller asks rate_conv; with one, nobody does.
+        named = [p for name, p in model.named_parameters() if ".rate_conv." not in name]
+        groups.append(dict(params=named, lr=args.lr))
+    return torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+
+
 def optimizer_step(optimizer):
     """Adam's step; {"grad_norm": …}."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -325,7 +333,7 @@ def keep_best(save, rows, best_psnr):
 
 def data_loader(crops, batch, start, args):
     """Batches of crops number start, start + 1, …"""
-    on_gpu = torch.device(args.device).type == "cuda"
+    on_gpu = runs.on_gpu(args.device)
     workers = (4 if on_gpu else 0) if args.workers is None else args.workers
     sampler = range(start, len(crops))
     return DataLoader(crops, batch, sampler=sampler, num_workers=workers, collate_fn=data.collate, pin_memory=on_gpu)
@@ -637,8 +645,7 @@ def main(argv):
         again = "the same command" if argv[:1] == ["pretrain"] else "--resume RUN"
         return parser.fail(f"stopped; {again} goes on from the last checkpoint")
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = " ".join(str(error).split())[:200]
-        return parser.fail(f"--compile does not work here, leave it out ({type(error).__name__}: {reason})")
+        return parser.fail(no_compiler(error))
 
 
 if __name__ == "__main__":
