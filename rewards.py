@@ -208,8 +208,8 @@ def parse_terms(text, judge=False):
     """What `--rewards` says: {term: weight} for all of TERMS and "gen"; weight 0 is off.
 
     text: a preset ("default": what needs no download; "paper": everything) or a comma-separated list of terms, each
-    with the published weight or its own: "psnr,ssim=0.3,task". "gen=W" sets the weight of R_gen as a whole. R_qwen is
-    on only with a judge. Raises RewardError.
+    with the published weight or its own: "psnr,ssim=0.3,task". "gen=W" sets the weight of R_gen as a whole. R_qwen goes
+    with a judge: a preset has it if there is one, a list must name it then, and only then. Raises RewardError.
     """
     published = {**GENERAL, **PARTS}
     chosen = {"gen": PARTS["gen"]}
@@ -224,10 +224,12 @@ def parse_terms(text, judge=False):
         if not (0 <= chosen[name] < math.inf):
             raise RewardError(f"--rewards {item!r}: a weight must be 0 or more")
     weights = {name: chosen.get(name, 0.0) for name in published}
-    if not judge and text in PRESETS:
-        weights["qwen"] = 0.0
+    if text in PRESETS:
+        weights["qwen"] = PARTS["qwen"] if judge else 0.0
     if weights["qwen"] and not judge:
-        raise RewardError("--rewards asks for qwen, but there is no judge: leave the term out")
+        raise RewardError("--rewards asks for qwen, but there is no judge: name one with --judge, or leave the term out")
+    if judge and not weights["qwen"]:
+        raise RewardError("there is a --judge, but --rewards leaves its term qwen out: name it, or leave --judge out")
     if not any(effective_weights(weights).values()):
         raise RewardError(f"--rewards {text!r} leaves no term with a weight above 0")
     return weights
@@ -253,16 +255,17 @@ def smallest_side(weights):
     return max(side if weights[term] else 1 for term, side in SMALLEST_SIDE.items())
 
 
-def describe_terms(weights):
-    """The table of terms a run prints and stores: one dict per term."""
+def describe_terms(weights, judge=None):
+    """The table of terms a run prints and stores: one dict per term; judge: what to call it."""
     effective = effective_weights(weights)
     paper = effective_weights({**GENERAL, **PARTS})
     rows = []
     for term in TERMS:
-        off = "needs a judge" if term == "qwen" else "not asked for"
+        off = "needs --judge" if term == "qwen" else "not asked for"
         if term in DOWNLOADS:
             off += f"; needs {DOWNLOADS[term][0]}"
-        reason = "on" if effective[term] else f"off ({off})"
+        on = f"on ({judge})" if term == "qwen" and judge else "on"
+        reason = on if effective[term] else f"off ({off})"
         rows.append(dict(term=term, weight=round(effective[term], 4), paper=round(paper[term], 4), state=reason))
     return rows
 
@@ -335,8 +338,9 @@ class Reward:
 
     @torch.no_grad()
     def __call__(self, y, gt, tasks, score=None):
-        """y: restored group (B·G, 3, H, W), image by image; gt: (B, 3, H, W); tasks: B names; score: the judge's (B, G),
-        NaN throughout a group it could not score. Returns (R (B, G), {term: (B, G)}). y is clamped to [0, 1]."""
+        """y: restored group (B·G, 3, H, W), image by image; gt: (B, 3, H, W); tasks: B names; score: function that waits
+        for the judge's (B, G), NaN where it gave none, and is called when all else is computed: a group with a NaN is
+        rewarded without R_qwen. Returns (R (B, G), {term: (B, G)}). y is clamped to [0, 1]."""
         b = len(gt)
         g = len(y) // b
         y, gt = y.float().clamp(0, 1), gt.float()
@@ -366,6 +370,7 @@ class Reward:
         terms = {name: value.reshape(b, g) for name, value in terms.items()}
         if "qwen" not in on:
             return self._sum(terms, effective_weights(self.weights)), terms
+        score = score()
         terms["qwen"] = r_qwen(score)
         judged = score.isfinite().all(dim=1, keepdim=True)
         with_judge = self._sum(terms, effective_weights(self.weights))

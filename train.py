@@ -5,9 +5,11 @@
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 import data
 import grpo
+import judge as judges
 import model as adair
 import policy as policies
 import rewards
@@ -37,10 +40,10 @@ PRESETS = {
 }
 
 
-def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
+def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judge=None):
     """Forward and backward of one IRPO step; gradients are left in the parameters.
 
-    batch: degraded and gt (B, 3, H, W), B tasks. Returns (metrics, replay): metrics {name: scalar tensor}, and what
+    batch: degraded and gt (B, 3, H, W), B tasks; judge: judge.Judge, which R_qwen comes from. Returns (metrics, replay): metrics {name: scalar tensor}, and what
     `policy_loss` needs to use the group once more.
     """
     degraded, gt, tasks = batch
@@ -50,7 +53,8 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
     with torch.no_grad():
         with half_precision(args):
             y, states, actions = draw_group(model, policy, encoding, args.group_size, generator)
-        r, terms = reward(y, gt, tasks)  # (B, G), Eq. 22
+        scores = judge and judge.ask(degraded, y, gt)  # at work while the other rewards are computed
+        r, terms = reward(y, gt, tasks, scores)  # (B, G), Eq. 22
     advantages = grpo.group_advantages(r)  # Eq. 8
     best = grpo.best_of_group(r)  # g*
     metrics = {
@@ -60,6 +64,7 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator):
         "psnr_in": batch_psnr(degraded, gt),
     }
     for name, value in terms.items():
+        value = value[value.isfinite()] if name == "qwen" else value
         metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(correction=0)}
 
     if args.freeze_backbone:
@@ -163,7 +168,7 @@ def batch_psnr(y, gt):
     return (-10 * mse.log10()).mean()
 
 
-def post_train(args):
+def post_train(args, judge=None):
     """The whole method: list, mine, post-train, compare. Returns the run folder."""
     device = args.device
     run = Path(args.resume or args.out)
@@ -173,7 +178,7 @@ def post_train(args):
 
     # The three things a run is made of: a pre-trained model, a reward, samples.
     pretrained = load_pretrained(args.init, args.mask_rule).to(device, memory_format=torch.channels_last)
-    terms = rewards.parse_terms(args.rewards)
+    terms = rewards.parse_terms(args.rewards, judge is not None)
     if args.objective == "irpo" and args.crop < rewards.smallest_side(terms):
         raise runs.RunError(f"crops of {args.crop} px are too small for these rewards: they need {rewards.smallest_side(terms)}")
     reward = rewards.Reward(terms, device, args.weights_dir) if args.objective == "irpo" else None
@@ -182,10 +187,12 @@ def post_train(args):
     train, val = usable_samples([args.data_root], args.crop)
     run.mkdir(parents=True, exist_ok=True)
     if reward:
-        described = rewards.describe_terms(terms)
+        described = rewards.describe_terms(terms, judge and f"{args.judge} {args.judge_model or ''}, {args.judge_mode}")
         print_terms(described)
         runs.save_json(run / "rewards.json", described)
     runs.save_json(run / "config.json", vars(args))
+    if judge:
+        start_judge(judge, val[0], args)
 
     before_restore = partial(adair.restore, pretrained)
     hard = mine_hard(args, run, before_restore, digest, known, train, resumed=checkpoint is not None)
@@ -230,7 +237,12 @@ def post_train(args):
             optimizer.zero_grad()
             if args.objective == "irpo":
                 generator = torch.Generator(device).manual_seed((args.seed << 32) + step)
-                metrics, replay = irpo_step(model, policy, ref, reward, batch, args, step / steps, generator)
+                try:
+                    metrics, replay = irpo_step(model, policy, ref, reward, batch, args, step / steps, generator, judge)
+                except judges.JudgeError as error:  # it failed too often; nothing of this step is in the weights
+                    bar.close()
+                    save("last.pt")
+                    raise runs.RunError(f"{error}; --resume {run} goes on at step {step}") from None
                 metrics |= optimizer_step(optimizer)
                 for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
                     optimizer.zero_grad()
@@ -247,6 +259,10 @@ def post_train(args):
                 bar.close()
                 raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; a smaller --lr may help")
             metrics |= rates | {"step_time": time.perf_counter() - start}
+            if judge:
+                metrics |= judge.metrics
+                if judge.problem:
+                    tqdm.write(f"judge: {judge.problem}")
             log.write(step + 1, metrics)
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
             bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
@@ -284,6 +300,48 @@ def mine_hard(args, run, restore, digest, known, train, resumed):
     by_name = {(s.task, s.name): s for s in train}
     hard = [by_name[rows[i]["task"], rows[i]["name"]] for i in chosen]
     return data.adair_repeats(hard) if args.select == "all" else hard
+
+
+@contextlib.contextmanager
+def judge_of(args):
+    """The judge --judge asks for, not yet started, or None. It ends with the block."""
+    if args.judge == "none":
+        yield None
+        return
+    command = [sys.executable, judges.__file__, "--parent", str(os.getpid()), "--mode", args.judge_mode]
+    if args.judge_prompt:
+        command += ["--prompt", args.judge_prompt]
+    if is_url(args.judge):  # a little less time than we wait for it, so that it can say which request failed
+        command += ["--server", args.judge, "--model", args.judge_model, "--timeout", str(0.9 * args.judge_timeout)]
+    else:
+        command += ["--model", args.judge, "--device", args.judge_device or judge_device(args.device)]
+    judge = judges.Judge(command, Path(args.resume or args.out) / "judge.log", args.judge_timeout, args.judge_patience)
+    try:
+        yield judge
+    finally:
+        judge.close()
+
+
+def is_url(text):
+    return text.startswith(("http://", "https://"))
+
+
+def judge_device(device):
+    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside a CPU trainer to the CPU."""
+    if not runs.on_gpu(device):
+        return "cpu"
+    world, rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    taken = torch.device(device).index or 0
+    return "cuda:0" if world == 1 and taken else f"cuda:{world + rank}"
+
+
+def start_judge(judge, sample, args):
+    """Starts it, and has it score a batch of a step's size: what it cannot do shows before anything is computed."""
+    degraded, gt = data.evaluation_pair(sample)
+    shape = (args.crop, args.crop)
+    degraded, gt = (torch.nn.functional.interpolate(t[None], shape).repeat(args.batch_size, 1, 1, 1) for t in (degraded, gt))
+    print(f"starting the judge {args.judge}")
+    judge.start(degraded, gt, args.group_size)
 
 
 def load_pretrained(path, wanted_rule):
@@ -560,6 +618,13 @@ def post_train_parser():
     add("--kl", "sample", "Eq. 11, or the closed form", choices=("sample", "exact"))
     add("--inner-epochs", 1, "updates of the heads per group; above 1 the clip can bind", runs.number(int, 1))
     add("--rewards", None, "terms of Eq. 22: default, paper, or a list as psnr,ssim=0.3,task")
+    add("--judge", "none", "R_qwen's judge, Appendix B.2: Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1")
+    add("--judge-model", None, "what a server calls the judge's model")
+    add("--judge-device", None, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
+    add("--judge-mode", "logits", "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
+    add("--judge-prompt", None, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
+    add("--judge-timeout", 60.0, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
+    add("--judge-patience", 5, "failures in a row after which the run stops", runs.number(int, 1))
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
     add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
     add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
@@ -619,8 +684,14 @@ def parse(argv):
         parser.error("--steps and --epochs are both 0: nothing would be trained")
     if args.objective == "sft" and args.freeze_backbone:
         parser.error("--objective sft with --freeze-backbone would train nothing")
+    if args.objective == "sft" and args.judge != "none":
+        parser.error("--objective sft has no reward: leave --judge out")
+    if is_url(args.judge) != bool(args.judge_model):
+        parser.error("--judge-model names the model of a server: it goes with --judge http://… and only with that")
+    if Path(args.judge).is_dir():
+        args.judge = str(Path(args.judge).resolve())
     args.init = str(Path(args.init).resolve())  # so that --resume and eval.py work from any folder
-    for key in ("data_root", "weights_dir"):
+    for key in ("data_root", "weights_dir", "judge_prompt"):
         setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).resolve()))
     args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
     args.argv = argv
@@ -634,8 +705,10 @@ def main(argv):
         if argv[:1] == ["pretrain"]:
             pretrain(pretrain_parser().parse_args(argv[1:]))
         else:
-            post_train(parse(argv))
-    except (data.DataError, rewards.RewardError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
+            args = parse(argv)
+            with judge_of(args) as judge:
+                post_train(args, judge)
+    except (judges.JudgeError, data.DataError, rewards.RewardError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
         return parser.fail(error)
     except OSError as error:  # a folder that cannot be written, a full disk
         return parser.fail(error)
