@@ -171,7 +171,7 @@ def load(args):
     local = Path(args.model).is_dir() or not is_hub_reachable(args.model)
     try:
         processor = transformers.AutoProcessor.from_pretrained(args.model, local_files_only=local, padding_side="left")
-        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             args.model,
             local_files_only=local,
             dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype],
@@ -216,10 +216,13 @@ class LocalJudge:
     def score(self, requests):
         """Replies without their id, one per request."""
         if self.args.mode == "logits":
-            logits = self.model(**self.inputs(requests, self.chat + self.begin), logits_to_keep=1, use_cache=False).logits[:, -1]
-            p = logits.float().log_softmax(dim=-1)[:, self.tokens]
-            scores = expected_score(p).tolist()
-            return [dict(score=s, p=[round(v, 4) for v in row]) for s, row in zip(scores, p.exp().tolist())]
+            p = torch.empty(len(requests), 5)  # log-probabilities
+            for rows in self.groups(requests):
+                inputs = self.inputs([requests[i] for i in rows], self.chat + self.begin)
+                group = len(rows) > 1 and all(self.alike(requests[rows[0]], requests[i]) for i in rows)
+                logits = self.read_group(inputs) if group else self.model(**inputs, logits_to_keep=1, use_cache=False).logits
+                p[rows] = logits[:, -1].float().log_softmax(dim=-1)[:, self.tokens].cpu()
+            return [dict(score=s, p=[round(v, 4) for v in row]) for s, row in zip(expected_score(p).tolist(), p.exp().tolist())]
         replies = [self.reply(text) for text in self.write(requests, do_sample=False)]
         again = [i for i, reply in enumerate(replies) if reply["score"] is None]
         if again:  # once more, drawn: the likeliest words would be the same
@@ -228,6 +231,35 @@ class LocalJudge:
             for i, text in zip(again, texts):
                 replies[i] = self.reply(text)
         return replies
+
+    def alike(self, a, b):
+        """Whether two requests differ in the restored image alone, and that one stands last in the prompt."""
+        same = all(torch.equal(a[name], b[name]) for name in ("gt", "degraded"))
+        return same and a["restored"].shape == b["restored"].shape and self.names[-1] == "restored"
+
+    def groups(self, requests):
+        """Lists of the requests' numbers: neighbours that are alike, and one of all others."""
+        groups = []
+        for i, request in enumerate(requests):
+            if groups and self.alike(requests[groups[-1][0]], request):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        others = [group[0] for group in groups if len(group) == 1]
+        return [group for group in groups if len(group) > 1] + ([others] if others else [])
+
+    def read_group(self, inputs):
+        """Logits (G, 1, vocabulary) after the last token of alike requests: what comes before the restored image is read once."""
+        model, ids, grid = self.model, inputs["input_ids"], inputs["image_grid_thw"]
+        types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
+        places, _ = model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask)  # (3, G, L)
+        images = inputs["pixel_values"].split(grid.prod(dim=1).tolist())
+        n = (ids[0] == model.config.vision_start_token_id).nonzero()[-1].item()  # where the restored image begins
+        known = dict(pixel_values=torch.cat(images[:2]), image_grid_thw=grid[:2])
+        past = model(input_ids=ids[:1, :n], position_ids=places[:, :1, :n], use_cache=True, logits_to_keep=1, **known).past_key_values
+        past.batch_repeat_interleave(len(ids))
+        new = dict(pixel_values=torch.cat(images[2::3]), image_grid_thw=grid[2::3])
+        return model(input_ids=ids[:, n:], position_ids=places[..., n:], past_key_values=past, logits_to_keep=1, **new).logits
 
     def write(self, requests, **sampling):
         inputs = self.inputs(requests, self.chat)
@@ -441,8 +473,6 @@ def main(argv):
     os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
     if args.parent:
         end_with(args.parent)
-    if not runs.on_gpu(args.device):
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the trainer is at work beside it
     try:
         judge = ServerJudge(args) if args.server else LocalJudge(args)
     except JudgeError as error:

@@ -65,7 +65,8 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judg
     }
     for name, value in terms.items():
         value = value[value.isfinite()] if name == "qwen" else value
-        metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(correction=0)}
+        if len(value):
+            metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(correction=0)}
 
     if args.freeze_backbone:
         supervised = 0.0

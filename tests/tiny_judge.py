@@ -87,8 +87,9 @@ def write_weights(model, tokenizer, images):
     embedding = model.get_input_embeddings().weight.normal_()
     embedding /= embedding.square().mean(dim=1, keepdim=True).sqrt()  # the last norm leaves it as it is
     for layer in model.model.language_model.layers:
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.weight.normal_(0, 0.2 if images else 0.0)
+        for linear in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.normal_(0, 0.1 if images else 0.0)
+    model.model.visual.merger.mlp[-1].weight *= 50  # as large as the embeddings of words
     logits = torch.zeros(len(tokenizer), len(chain) - 1)
     logits[chain[1:], range(len(chain) - 1)] = 12.0
     digits = [tokenizer.convert_tokens_to_ids(d) for d in "12345"]

@@ -1,0 +1,667 @@
+"""judge.py: arithmetic of both modes, the real program on a tiny Qwen2.5-VL, servers, faults, and training with a judge."""
+
+import argparse
+import base64
+import http.server
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import scipy.special
+import tiny_judge
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_train import fails, finish, init, metrics, photos, small, start  # noqa: F401 (fixtures among them)
+
+import judge as judges
+import train
+
+EXPECTED = sum(k * p for k, p in enumerate(tiny_judge.P, 1))  # 3.7, see tiny_judge
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Qwen2.5-VL that answers 4, and expects EXPECTED, whatever it sees."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_judge.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """One whose score depends on the images."""
+    folder = tmp_path_factory.mktemp("seeing")
+    tiny_judge.build(folder, images=True)
+    return folder
+
+
+def picture(seed, height=64, width=64):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
+
+
+def trio(seed, *size):
+    return {name: picture(3 * seed + i, *size) for i, name in enumerate(("gt", "degraded", "restored"))}
+
+
+def options(model, *flags):
+    args = judges.parser().parse_args(["--model", str(model), "--device", "cpu", *flags])
+    args.dtype = "fp32"
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_expectation_over_five_logits():
+    logits = torch.randn(4, 5, dtype=torch.float64) * 3
+    wanted = scipy.special.softmax(logits.numpy(), axis=1) @ np.arange(1, 6)
+    np.testing.assert_allclose(judges.expected_score(logits), wanted, rtol=1e-12)
+    assert judges.expected_score(torch.tensor([0.0, 0, 0, 0, 0])) == pytest.approx(3)
+    assert judges.expected_score(torch.tensor([-math.inf] * 4 + [-9.0])) == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("<Assessment>\n<Analysis>fine</Analysis>\n<Score>4</Score>\n</Assessment>", 4),
+        ("<Score>1</Score>", 1),
+        ("<Score>\n 5 \n</Score>", 5),
+        ("The score is 4.", None),
+        ("", None),
+        ("<Score></Score>", None),
+        ("<Score>X</Score>", None),
+        ("<Score>0</Score>", None),
+        ("<Score>6</Score>", None),
+        ("<Score>45</Score>", None),
+        ("<Score>-4</Score>", None),
+        ("<Score>4.5</Score>", None),
+        ("<Score>4/5</Score>", None),
+        ("<Score>4</Score> or rather <Score>5</Score>", None),
+        ("<Score>4</Score><Score>4</Score>", None),
+        ("<Score><Score>4</Score>", None),
+        ("<Score>4</Score></Score>", None),
+        ("<Assessment><Analysis>good, <Score>4", None),
+        ("<Score>4</Sco", None),
+        ("<score>4</score>", None),
+        ("<Score>４</Score>", None),  # full width
+        ("<Score>٤</Score>", None),  # Arabic
+        ("<Score>四</Score>", None),
+        ("<Score>\u00a04</Score>", None),  # no-break space
+        ("<Degradation>Nebel, dünn 薄雾</Degradation><Score>2</Score>", 2),
+    ],
+)
+def test_a_written_score_is_read_strictly(text, score):
+    assert judges.parse_score(text) == score
+
+
+TEXTS = [f"<Assessment><Score>{d}</Score></Assessment>" for d in "12345"] * 50
+
+
+@pytest.mark.parametrize(
+    "split, begin, tokens",
+    [
+        (r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+", "<Assessment><Score>", "1 2 3 4 5"),  # digits by themselves, as Qwen
+        (r"\p{L}+|>\p{N}|[^\s\p{L}\p{N}]|\s+", "<Assessment><Score", ">1 >2 >3 >4 >5"),
+        (r"\p{L}+|\p{N}</|[^\s\p{L}\p{N}]|\s+", "<Assessment><Score>", "1</ 2</ 3</ 4</ 5</"),
+    ],
+)
+def test_score_tokens_of_tokenizers_that_split_differently(split, begin, tokens):
+    tokenizer = tiny_judge.train_tokenizer(TEXTS, split, size=330)
+    found, ids = judges.score_tokens(tokenizer.encode, tokenizer.decode, "<|im_start|>assistant\n")
+    assert found == begin and [tokenizer.decode([i]) for i in ids] == tokens.split()
+    for digit, i in zip("12345", ids):  # the text with that token is how the tokenizer would have written the score
+        whole = tokenizer.encode(f"<|im_start|>assistant\n<Assessment><Score>{digit}</Score>")
+        start = tokenizer.encode("<|im_start|>assistant\n" + found)
+        assert whole[: len(start) + 1] == [*start, i]
+
+
+def test_a_tokenizer_without_tokens_for_scores_is_refused():
+    with pytest.raises(judges.JudgeError, match="--mode generate"):
+        judges.score_tokens(lambda text: [ord(c) for c in text.replace("4", "5")], lambda ids: "".join(map(chr, ids)), "chat")
+
+
+def logprobs(*tokens):
+    """OpenAI's list: (token, its p, {other token: p})."""
+    as_top = lambda p: [dict(token=t, logprob=math.log(v)) for t, v in p.items()]  # noqa: E731
+    return [dict(token=t, logprob=math.log(p), top_logprobs=as_top(others)) for t, p, others in tokens]
+
+
+def test_score_from_a_servers_logprobs():
+    before = [("<Assessment>", 1.0, {}), ("<Score", 1.0, {"4": 1.0}), (">", 1.0, {"1": 0.9})]
+    after = [("</Score>", 1.0, {"5": 1.0})]
+    digit = ("4", 0.5, {"4": 0.5, "3": 0.25, "x": 0.125, "5": 0.125})
+    assert judges.score_from_logprobs(logprobs(*before, digit, *after)) == pytest.approx((0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875)
+    joined = (">4</", 0.6, {">4</": 0.6, ">2</": 0.2, "4": 0.1, ">22": 0.05})
+    tokens = logprobs(*before[:2], joined, ("Score>", 1.0, {}))
+    assert judges.score_from_logprobs(tokens) == pytest.approx((0.6 * 4 + 0.2 * 2) / 0.8)
+    assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(2)  # no rivals told
+    assert judges.score_from_logprobs(logprobs(*before, digit, *after, *before[1:], digit, *after)) is None  # two scores
+    assert judges.score_from_logprobs(logprobs(*before, ("7", 0.9, {"4": 0.1}), *after)) is None
+
+
+def test_the_prompt_asks_what_the_paper_asks():
+    parts = judges.prompt_parts(judges.PROMPT, "generate")
+    assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
+    assert [label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])] == [True] * 3
+    text = "".join(parts[::2])
+    assert all(word in text for word in "noise rain haze blur light contrast exposure artifacts <Score>X</Score>".split())
+    assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
+    assert "alone" in "".join(judges.prompt_parts(judges.PROMPT, "logits"))
+    with pytest.raises(judges.JudgeError, match="<gt>, <degraded> and <restored> once"):
+        judges.prompt_parts("compare <gt> with <restored>", "logits")
+
+
+# ---------------------------------------------------------------------------------------- the model, as it is loaded
+
+
+def test_padding_and_batches_change_no_score(seeing):
+    """Requests of three sizes in one batch, so that two are padded on the left, against each by itself."""
+    judge = judges.LocalJudge(options(seeing, "--min-pixels", "3136"))
+    requests = [trio(0, 64, 64), trio(1, 140, 90), trio(2, 30, 200)]
+    mask = judge.inputs(requests, judge.chat)["attention_mask"]
+    assert (mask[:, -1] == 1).all() and (mask[:, 0] == 0).sum() == 2
+    together = [reply["score"] for reply in judge.score(requests)]
+    alone = [judge.score([request])[0]["score"] for request in requests]
+    np.testing.assert_allclose(together, alone, atol=5e-6)
+    assert max(alone) - min(alone) > 1e-4  # the scores do depend on what is seen
+
+
+def test_a_group_shares_its_past_and_gets_the_same_scores(seeing):
+    """A group, with a repeated image, among single requests of which two are alike, against each by itself."""
+    judge = judges.LocalJudge(options(seeing, "--min-pixels", "3136"))
+    others = [dict(trio(i), restored=trio(j)["restored"]) for i, j in ((0, 1), (2, 5), (2, 0), (2, 5), (0, 2), (1, 1))]
+    assert judge.groups(others) == [[1, 2, 3], [0, 4, 5]]
+    together = [reply["score"] for reply in judge.score(others)]
+    alone = [judge.score([request])[0]["score"] for request in others]
+    np.testing.assert_allclose(together, alone, atol=5e-6)
+    assert max(alone) - min(alone) > 1e-4 and together[1] == pytest.approx(together[3], abs=1e-6)
+
+
+def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
+    (tmp_path / "prompt.txt").write_text("restored: <restored> truth: <gt> before: <degraded> <format>")
+    judge = judges.LocalJudge(options(seeing, "--prompt", str(tmp_path / "prompt.txt"), "--min-pixels", "3136"))
+    assert judge.groups([trio(0), dict(trio(0), restored=trio(1)["gt"])]) == [[0, 1]]  # one batch, but nothing to share
+    levels = dict(gt=10, degraded=100, restored=200)
+    request = {name: torch.full((3, 56, 56), level, dtype=torch.uint8) for name, level in levels.items()}
+    inputs = judge.inputs([request], judge.chat)
+    pixels = inputs["pixel_values"].unflatten(0, (3, -1)).mean(dim=(1, 2))
+    assert pixels.argsort().tolist() == [1, 2, 0]  # restored, gt, degraded
+    texts = judge.chat.split("<|vision_start|><|image_pad|><|vision_end|>")
+    assert [t.endswith(w) for t, w in zip(texts, ("restored: ", "truth: ", "before: "))] == [True] * 3
+
+
+def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
+    judge = judges.LocalJudge(options(tiny))
+    sides = judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)["image_grid_thw"].prod(dim=1) / 4
+    assert sides[:3].tolist() == [256] * 3  # tokens; without min_pixels 25
+    assert all(1000 < s <= 1280 for s in sides[3:].tolist())
+
+
+def test_incomplete_weights_are_refused(tiny, tmp_path):
+    """transformers itself would fill the missing tensor with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tiny / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(judges.JudgeError, match="1 tensors are missing.*lm_head.weight"):
+        judges.LocalJudge(options(tmp_path))
+
+
+def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
+    """Cut off after one token the answer has no score; the second try is drawn, not the likeliest again."""
+    judge = judges.LocalJudge(options(tiny, "--mode", "generate", "--max-new-tokens", "1"))
+    tries, write = [], judge.write
+    monkeypatch.setattr(judge, "write", lambda requests, **sampling: tries.append((len(requests), sampling)) or write(requests, **sampling))
+    replies = judge.score([trio(0), trio(1)])
+    assert [reply["score"] for reply in replies] == [None, None] and "no single <Score>" in replies[0]["error"]
+    assert [n for n, _ in tries] == [2, 2] and [s["do_sample"] for _, s in tries] == [False, True]
+
+
+# ------------------------------------------------------------------------------------------- the program by itself
+
+
+def run_judge(requests, *flags):
+    command = [sys.executable, "judge.py", "--device", "cpu", *map(str, flags)]
+    done = subprocess.run(command, input=requests, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return done, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["logits", "generate"])
+def test_the_program_scores_json_lines(tiny, tmp_path, mode):
+    """Paths and base64, batches of 4, a hole in the middle, noise-free output."""
+    files = {}
+    for name, image in trio(0).items():
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
+        files[name] = str(tmp_path / f"{name}.png")
+    urls = {name: judges.data_url(image) for name, image in trio(1).items()}
+    lines = [dict(id=i, **(files if i % 2 else urls)) for i in range(6)]
+    lines[3]["restored"] = str(tmp_path / "no.png")
+    text = "\n".join(map(json.dumps, lines)) + "\nno JSON\n" + '{"id": 7}\n'
+    done, replies = run_judge(text, "--model", tiny, "--mode", mode, "--batch-size", 4)
+    assert [r["id"] for r in replies] == [0, 1, 2, None, 4, 5, None, None] and done.returncode == 1
+    scored = [r for r in replies if r["score"] is not None]
+    assert len(scored) == 5 and "5 scored, 3 not" in done.stderr
+    errors = [r["error"] for r in replies if r["score"] is None]
+    assert "line 4: there is no image" in errors[0] and "line 7: the line is not JSON" in errors[1] and "line 8" in errors[2]
+    for reply in scored:
+        if mode == "logits":
+            assert reply["score"] == pytest.approx(EXPECTED, abs=1e-4)
+            np.testing.assert_allclose(reply["p"], tiny_judge.P, atol=2e-3)  # a little is left for other tokens
+        else:
+            assert reply["score"] == 4 and reply["text"] == "<Assessment><Score>4</Score></Assessment>"
+
+
+def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
+    monkeypatch.setattr(judges, "MAX_LINE", 10)
+    text = b"a\nb\n\n\nc\n" + b"x" * 25 + b"\nd\ne\nf"
+    batches = list(judges.read_batches(io.BytesIO(text), 3))
+    assert batches == [[(1, b"a\n"), (2, b"b\n")], [(5, b"c\n"), (6, None), (7, b"d\n")], [(8, b"e\n"), (9, b"f")]]
+    assert "longer than" in judges.score_lines(None, [(6, None)])[0]["error"]
+
+
+@pytest.mark.parametrize("image", [5, "data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:text/plain,hello"])
+def test_what_is_no_image_is_an_error_of_its_line(image):
+    line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
+    (reply,) = judges.score_lines(None, [(2, line)])
+    assert reply["id"] is None and reply["score"] is None and reply["error"].startswith("line 2: ")
+
+
+# ------------------------------------------------------------------------------- the trainer's side, with real processes
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "judge.py"), "--device", "cpu", "--parent", str(os.getpid()), *map(str, flags)]
+
+
+def ask(judge, b=1, g=2, size=32):
+    degraded, gt, y = torch.rand(b, 3, size, size), torch.rand(b, 3, size, size), torch.rand(b * g, 3, size, size)
+    return judge.ask(degraded, y, gt)
+
+
+def gone(pid, seconds=10):
+    """Whether a process that is no child of ours ends within some seconds."""
+    end = time.time() + seconds
+    while time.time() < end:
+        try:
+            if open(f"/proc/{pid}/stat").read().split(") ")[1][0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_killed_and_hanging_judges_are_started_again(tiny, tmp_path):
+    judge = judges.Judge(command("--model", tiny), tmp_path / "log", timeout=30)
+    try:
+        judge.start(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 2)
+        scores = ask(judge, b=2, g=2)()
+        torch.testing.assert_close(scores, torch.full((2, 2), EXPECTED), atol=1e-4, rtol=0)
+        assert judge.metrics["judge/latency"] >= judge.metrics["judge/wait"] >= 0 and judge.metrics["judge/failures"] == 0
+
+        pid = judge.process.pid
+        waiting = ask(judge, b=2, g=2)
+        os.kill(pid, signal.SIGKILL)
+        assert waiting().isnan().all() and "signal 9" in str(judge.problem) and judge.metrics["judge/failures"] == 4
+        assert ask(judge)().isfinite().all() and judge.starts == 2 and judge.failed_in_a_row == 0
+
+        os.kill(judge.process.pid, signal.SIGSTOP)  # it hangs
+        judge.timeout, begun = 1.5, time.perf_counter()
+        large = ask(judge, g=4, size=256)  # more than a pipe holds
+        assert time.perf_counter() - begun < 1
+        assert large().isnan().all() and 1.4 < time.perf_counter() - begun < 4 and "did not answer within 1.5 s" in str(judge.problem)
+        assert judge.process is None
+    finally:
+        judge.close()
+
+
+FAKE = """
+import json, sys
+print(json.dumps(dict(ready=1)), flush=True)
+for line in iter(sys.stdin.readline, ""):
+    if line.strip():
+        for reply in open(sys.argv[1]):
+            print(reply.replace('"#"', str(json.loads(line)["id"])), end="", flush=True)
+"""
+
+
+def fake(tmp_path, *replies, **rest):
+    """A process that answers every request with these lines, "#" being the request's id."""
+    lines = [reply if isinstance(reply, str) else json.dumps(reply) for reply in replies]
+    (tmp_path / "replies").write_text("".join(line + "\n" for line in lines))
+    return judges.Judge([sys.executable, "-c", FAKE, str(tmp_path / "replies")], tmp_path / "log", **rest)
+
+
+@pytest.mark.parametrize(
+    "replies, score",
+    [
+        (["INFO 4 5", "4", "[1, 2]", "null", "{", '{"score": 1}', dict(id=-1, score=1), dict(id=[0], score=1), dict(id="#", score=3.5)], 3.5),
+        (["\x00\xff" * 999, "[" * 200000, "x" * 3_000_000, dict(id=True, score=1), dict(id="#", score=2)], 2),
+        ([dict(id="#", score=99)], None),
+        ([dict(id="#", score=0)], None),
+        ([dict(id="#", score=True)], None),
+        ([dict(id="#", score="4")], None),
+        ([dict(id="#", score=math.nan)], None),
+        ([dict(id="#")], None),
+        ([dict(id="#", score=None, error="too dark to see")], None),
+    ],
+)
+def test_noise_is_never_read_as_a_score(tmp_path, replies, score):
+    judge = fake(tmp_path, *replies, timeout=20)
+    try:
+        scores = ask(judge, g=2)()
+        assert scores.tolist() == [[score, score]] if score else scores.isnan().all()
+        assert judge.metrics["judge/failures"] == (0 if score else 2)
+        assert score or str(judge.problem)
+        assert judge.starts == 1  # nothing here is a reason to start it again
+    finally:
+        judge.close()
+
+
+def test_its_first_batch_and_its_patience(tmp_path):
+    never = fake(tmp_path, dict(id="#", score=None, error="too dark to see"))
+    with pytest.raises(judges.JudgeError, match="could not score a first batch: too dark to see"):
+        never.start(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), 2)
+    assert never.process is None
+    never.patience, never.failed_in_a_row = 3, 0
+    try:
+        assert ask(never)().isnan().all() and ask(never)().isnan().all()
+        with pytest.raises(judges.JudgeError, match="failed 3 times in a row, the last time: too dark"):
+            ask(never)()
+    finally:
+        never.close()
+
+
+def test_a_judge_that_ends_after_its_start_says_why(tmp_path):
+    words = "import sys; print('{\"ready\": 1}', flush=True); sys.stdin.readline(); sys.exit('the card fell out')"
+    judge = judges.Judge([sys.executable, "-c", words], tmp_path / "log")
+    assert ask(judge)().isnan().all() and str(judge.problem) == "the card fell out (exit code 1)"
+
+
+TRAINER = """
+import os, sys, time, torch, judge
+command = [sys.executable, judge.__file__, "--device", "cpu", "--parent", str(os.getpid()), "--model", sys.argv[1]]
+judge.Judge(command, sys.argv[2]).start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def children(pid):
+    """Process ids of the judges a process started."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "judge.py"], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a judge ends when its input does")
+@pytest.mark.parametrize("when", ["loading", "hanging"])
+def test_no_judge_outlives_its_trainer(tiny, tmp_path, when):
+    """SIGKILL leaves the trainer no time for anything; the judge ends all the same, even one that is stopped."""
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, tiny, tmp_path / "log"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if when == "hanging":
+        assert trainer.stdout.readline() == "ready\n"
+    while not (pids := children(trainer.pid)):
+        time.sleep(0.05)
+    time.sleep(1)
+    if when == "hanging":
+        os.kill(pids[0], signal.SIGSTOP)
+    assert not gone(pids[0], 0.2)
+    trainer.kill()
+    trainer.wait()
+    assert gone(pids[0])
+
+
+# --------------------------------------------------------------------------------------------------------- servers
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Speaks enough of OpenAI's protocol. `server.behave(n)` says what the n-th request gets."""
+
+    def do_GET(self):
+        self.reply(200, dict(data=[dict(id="qwen")]))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append((self.path, body, self.headers.get("Authorization")))
+            n = len(self.server.seen)
+        answer = self.server.behave(n)
+        if answer == "close":
+            self.connection.close()
+        elif answer == "slow":
+            time.sleep(3)
+        elif answer == "malformed":
+            self.reply(200, '{"choices": [')
+        elif isinstance(answer, int):
+            self.reply(answer, dict(error="busy"))
+        else:
+            self.reply(200, answer)
+
+    def reply(self, code, answer):
+        content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    s.seen, s.lock, s.behave = [], threading.Lock(), lambda n: completion("<Assessment><Score>4</Score></Assessment>")
+    s.url = f"http://127.0.0.1:{s.server_port}/v1"
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield s
+    s.shutdown()
+    s.server_close()
+
+
+def completion(text, tokens=None):
+    choice = dict(message=dict(role="assistant", content=text))
+    return dict(choices=[choice | dict(logprobs=dict(content=tokens))] if tokens else [choice])
+
+
+WITH_LOGPROBS = logprobs(("<Score>", 1.0, {}), ("4", 0.5, {"4": 0.5, "2": 0.5}), ("</Score>", 1.0, {}))
+
+
+def served(server, *flags):
+    return judges.ServerJudge(options("qwen", "--server", server.url, *flags))
+
+
+def test_a_server_gets_labelled_images_and_gives_an_expectation(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server.behave = lambda n: completion("<Score>4</Score>", WITH_LOGPROBS)
+    request = trio(0)
+    assert served(server).score([request])[0]["score"] == pytest.approx(3)  # of 4 and 2
+    path, body, key = server.seen[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "qwen"
+    assert body["temperature"] == 0 and body["logprobs"] is True and body["top_logprobs"] == 20
+    content = body["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url"] * 3
+    for label, name, text, image in zip(("truth", "Degraded", "Restored"), ("gt", "degraded", "restored"), content[::2], content[1::2]):
+        assert label in text["text"].splitlines()[-1]
+        file = io.BytesIO(base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,")))
+        assert np.array_equal(np.asarray(Image.open(file)).transpose(2, 0, 1), request[name])
+
+
+def test_a_server_without_logprobs_and_one_that_writes(server):
+    assert served(server).score([trio(0)] * 3)[2]["score"] == 4
+    text = "<Assessment>\n<Analysis>dunkel</Analysis>\n<Score>2</Score>\n</Assessment>"
+    server.behave = lambda n: completion(text, WITH_LOGPROBS)
+    assert served(server, "--mode", "generate").score([trio(0)]) == [dict(score=2, text=text)]
+    assert "logprobs" not in server.seen[-1][1] and server.seen[-1][1]["max_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    "first, words",
+    [
+        (429, "429"),
+        (500, "500"),
+        ("close", "connection failed"),
+        ("malformed", "not JSON"),
+        (dict(choices=[]), "no chat completion"),
+        ([1], "no chat completion"),
+        (completion("four, I should say"), "no single <Score>"),
+        (completion(None), "no chat completion"),
+    ],
+)
+def test_what_a_server_does_wrong_is_tried_once_more(server, first, words):
+    good = server.behave
+    server.behave = lambda n: first if n == 1 else good(n)
+    assert served(server).score([trio(0)])[0]["score"] == 4 and len(server.seen) == 2
+    server.behave = lambda n: first
+    (reply,) = served(server).score([trio(0)])
+    assert reply["score"] is None and words in reply["error"] and len(server.seen) == 4
+
+
+def test_a_server_that_refuses_or_is_slow(server):
+    server.behave = lambda n: 400
+    assert "400" in served(server).score([trio(0)])[0]["error"] and len(server.seen) == 1  # not asked again
+    server.behave = lambda n: "slow"
+    begun = time.perf_counter()
+    replies = served(server, "--timeout", "1").score([trio(0)] * 3)
+    assert time.perf_counter() - begun < 2.5 and all("timed out" in reply["error"] for reply in replies)
+
+
+def test_a_server_that_is_not_there_or_has_another_model(server):
+    with pytest.raises(judges.JudgeError, match="has no model gpt; it serves qwen"):
+        judges.ServerJudge(options("gpt", "--server", server.url))
+    with pytest.raises(judges.JudgeError, match="no OpenAI-compatible server answers at http://127.0.0.1:9/v1"):
+        judges.ServerJudge(options("qwen", "--server", "http://127.0.0.1:9/v1"))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine"),
+        (["--judge", "no-such/model"], "the judge's model no-such/model cannot be loaded"),
+    ],
+)
+def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys, monkeypatch, change, words):  # noqa: F811
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, flags = tmp_path / "judge", change if isinstance(change, list) else []
+    folder.mkdir()
+    for file in tiny.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    if not flags:
+        change(folder)
+    begun = time.perf_counter()
+    message = fails(capsys, train.main, small("run", "--judge", folder, *flags))
+    assert "the judge could not start" in message and words in message and time.perf_counter() - begun < 60
+    assert not (tmp_path / "run/hard.json").exists()  # nothing was computed
+
+
+def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path):
+    """A real allocation that fails: images of 20 MP, attention written out, 12 GB of address space."""
+    limit = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"]
+    flags = ("--min-pixels", 20_000_000, "--max-pixels", 30_000_000, "--attention", "eager")
+    judge = judges.Judge([*limit, *command("--model", tiny, *flags)], tmp_path / "log")
+    with pytest.raises(judges.JudgeError, match="could not score a first batch: out of memory"):
+        judge.start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1)
+
+
+def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa: F811
+    """The real program beside the real trainer, killed in the middle."""
+    run = tmp_path / "run"
+    process = start(small("run", "--judge", seeing, "--judge-timeout", 30))
+    try:
+        while process.poll() is None and len(metrics_so_far(run)) < 2:
+            time.sleep(0.05)
+        (pid,) = children(process.pid)
+        os.kill(pid, signal.SIGKILL)
+        finish(process)
+    finally:
+        process.kill()
+    rows = metrics(run)
+    assert len(rows) == 10 and rows[0]["judge/starts"] == 1 and rows[-1]["judge/starts"] == 2
+    scored = [row for row in rows if row["judge/failures"] == 0]
+    assert len(scored) >= 8 and all(row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05) for row in scored)
+    assert all(0 <= row["judge/wait"] <= row["judge/latency"] + 0.1 for row in rows)
+    for row in rows:
+        if row["judge/failures"]:
+            assert row["judge/failures"] == 4 and "rewards/qwen/mean" not in row
+    terms = {row["term"]: row for row in json.loads((run / "rewards.json").read_text())}
+    assert terms["qwen"]["weight"] == pytest.approx(0.1) and str(seeing) in terms["qwen"]["state"]
+    assert not subprocess.run(["pgrep", "-f", str(seeing)], capture_output=True, text=True).stdout  # none is left
+
+
+def metrics_so_far(run):
+    return metrics(run) if (run / "metrics.jsonl").exists() else []
+
+
+def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):  # noqa: F811
+    good = server.behave
+    server.behave = lambda n: good(n) if n <= 4 + 3 * 4 else 500  # the first batch and three steps
+    flags = small("run", "--judge", server.url, "--judge-model", "qwen", "--judge-patience", 2, "--judge-timeout", 20)
+    message = fails(capsys, train.main, flags)
+    assert "failed 2 times in a row" in message and "500" in message and f"--resume {tmp_path / 'run'} goes on at step 4" in message
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+    rows = metrics(tmp_path / "run")
+    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0]["rewards/qwen/mean"] == pytest.approx(0.75)
+    server.behave = good
+    assert train.main(["--resume", str(tmp_path / "run")]) is None
+    assert [row["judge/failures"] for row in metrics(tmp_path / "run")] == [0, 0, 0, 4, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_reward_waits_for_the_judge_last_and_leaves_out_groups_without_a_score(server):
+    """R of a group with a hole is that of a run without a judge; the wait comes after the other terms."""
+    import rewards
+
+    weights = rewards.parse_terms("default", judge=True)
+    y, gt = torch.rand(4, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    scores = torch.tensor([[5.0, 1.0], [3.0, math.nan]])
+    r, terms = rewards.Reward(weights)(y, gt, ["deblur", "dehaze"], lambda: scores)
+    without, _ = rewards.Reward(rewards.parse_terms("default"))(y, gt, ["deblur", "dehaze"])
+    torch.testing.assert_close(r[1], without[1])
+    torch.testing.assert_close(r[0], 0.9 * without[0] + 0.1 * torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--judge", "http://localhost:1/v1"], "--judge-model"),
+        (["--judge-model", "qwen"], "--judge-model"),
+        (["--judge", "x", "--objective", "sft"], "leave --judge out"),
+        (["--judge", "x", "--rewards", "psnr,task"], "leaves its term qwen out"),
+        (["--rewards", "psnr,qwen"], "name one with --judge"),
+        (["--judge", "x", "--judge-prompt", "no.txt"], "no.txt"),
+        (["--judge", "x", "--judge-mode", "guess"], "guess"),
+    ],
+)
+def test_impossible_judges_are_one_sentence(small, capsys, flags, words):  # noqa: F811
+    assert words in fails(capsys, train.main, small("run", *flags))
+
+
+@pytest.mark.parametrize(
+    "device, world, rank, wanted",
+    [("cpu", 1, 0, "cpu"), ("cuda", 1, 0, "cuda:1"), ("cuda:1", 1, 0, "cuda:0"), ("cuda:0", 2, 0, "cuda:2"), ("cuda:1", 2, 1, "cuda:3")],
+)
+def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wanted):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert train.judge_device(device) == wanted
+    args = argparse.Namespace(
+        judge="m", judge_mode="logits", judge_prompt=None, judge_device=None, device=device,
+        resume=None, out="run", judge_timeout=1.0, judge_patience=1,
+    )  # fmt: skip
+    with train.judge_of(args) as judge:
+        assert judge.command[judge.command.index("--device") + 1] == wanted
