@@ -67,6 +67,7 @@ FORMAT = {
     "generate": "Answer in this form, X being the score:\n<Assessment>\n<Degradation>type and reason</Degradation>\n"
     "<Analysis>comparison</Analysis>\n<Score>X</Score>\n</Assessment>",
 }
+IMAGES = ("gt", "degraded", "restored")
 BEGIN = "<Assessment><Score>"  # what the assistant's turn begins with in mode logits
 DIGITS = "12345"
 SCORE = re.compile(r"<Score>[ \r\n]*([1-5])[ \r\n]*</Score>")
@@ -127,20 +128,17 @@ def score_from_logprobs(tokens):
     return expected_score(torch.tensor([likely.get(r, -math.inf) for r in rivals])).item()
 
 
-def prompt_parts(prompt, mode):
-    """A prompt as a list of texts and image names ("gt", "degraded", "restored"). Raises JudgeError."""
-    parts = re.split("<(gt|degraded|restored)>", prompt.replace("<format>", FORMAT[mode]))
-    if sorted(parts[1::2]) != ["degraded", "gt", "restored"]:
-        raise JudgeError("the judge's prompt must hold each of <gt>, <degraded> and <restored> once: there the images stand")
-    return parts
-
-
-def read_prompt(path):
-    """The text of --judge-prompt FILE, or the built-in one. Raises JudgeError."""
+def prompt_parts(path, mode):
+    """The prompt in the file --prompt names, or the built-in one, as a list of texts and, between them, image names ("gt",
+    "degraded", "restored"). Raises JudgeError."""
     try:
-        return Path(path).read_text(encoding="utf-8") if path else PROMPT
+        prompt = Path(path).read_text(encoding="utf-8") if path else PROMPT
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(f"the judge's prompt {path} cannot be read ({error})") from None
+    parts = re.split("<(gt|degraded|restored)>", prompt.replace("<format>", FORMAT[mode]))
+    if sorted(parts[1::2]) != ["degraded", "gt", "restored"]:
+        raise JudgeError(f"the judge's prompt {path} must hold each of <gt>, <degraded> and <restored> once: there the images stand")
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------ the model itself
@@ -179,9 +177,9 @@ def load(args):
             use_safetensors=True,  # the other format is pickle
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         hub = "" if Path(args.model).is_dir() or not local else ": it is not on this machine, and the hub cannot be reached"
         reason = " ".join(str(error).split())[:300]
         raise JudgeError(f"the judge's model {args.model} cannot be loaded{hub} ({reason})") from None
@@ -197,7 +195,7 @@ class LocalJudge:
 
     def __init__(self, args):
         self.args = args
-        parts = prompt_parts(read_prompt(args.prompt), args.mode)
+        parts = prompt_parts(args.prompt, args.mode)
         self.model, self.processor = load(args)
         self.names = parts[1::2]  # the images' order in the prompt
         content = [dict(type="image") if i % 2 else dict(type="text", text=text) for i, text in enumerate(parts)]
@@ -271,17 +269,13 @@ class LocalJudge:
         return dict(score=score, text=text, **({} if score else dict(error=NO_SCORE)))
 
 
-class Refused(JudgeError):
-    """A server's answer that a second try would not change."""
-
-
 class ServerJudge:
     """The same for a model behind an OpenAI-compatible server (vLLM, SGLang). The environment's OPENAI_API_KEY is sent if it
     is set. Raises JudgeError unless the server answers and has the model."""
 
     def __init__(self, args):
         self.args = args
-        self.parts = prompt_parts(read_prompt(args.prompt), args.mode)
+        self.parts = prompt_parts(args.prompt, args.mode)
         try:
             served = [model["id"] for model in self.call("/models", None, 10)["data"]]
         except (JudgeError, KeyError, TypeError) as error:
@@ -295,7 +289,7 @@ class ServerJudge:
             return list(pool.map(lambda request: self.score_one(request, deadline), requests))
 
     def score_one(self, request, deadline):
-        """What may pass (429, 5xx, a broken connection) and an answer without a score are tried once more."""
+        """What may pass, as a broken connection, a busy server or an answer without a score, is tried once more."""
         urls = {name: data_url(image) for name, image in request.items()}
         for temperature in (0.0, 0.7):
             try:
@@ -303,9 +297,7 @@ class ServerJudge:
                 return read_completion(answer, self.args.mode)
             except JudgeError as error:
                 reply = dict(score=None, error=str(error))
-                if isinstance(error, Refused) or deadline - time.monotonic() < 1:
-                    break
-                time.sleep(0.5)
+                time.sleep(min(0.5, max(deadline - time.monotonic(), 0)))
         return reply
 
     def body(self, urls, temperature):
@@ -329,8 +321,7 @@ class ServerJudge:
                 return json.loads(response.read(MAX_REPLY))
         except urllib.error.HTTPError as error:
             said = " ".join(error.read(300).decode(errors="replace").split())
-            kind = JudgeError if error.code == 429 or error.code >= 500 else Refused
-            raise kind(f"the server answered {error.code} {error.reason}: {said}") from None
+            raise JudgeError(f"the server answered {error.code} {error.reason}: {said}") from None
         except (OSError, http.client.HTTPException) as error:
             raise JudgeError(f"the connection failed: {error}") from None
         except (ValueError, RecursionError):
@@ -343,7 +334,7 @@ def read_completion(answer, mode):
         choice = answer["choices"][0]
         text, tokens = choice["message"]["content"], (choice.get("logprobs") or {}).get("content")
         score = score_from_logprobs(tokens) if tokens and mode == "logits" else parse_score(text)
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise JudgeError("the server's answer is no chat completion") from None
     if score is None:
         raise JudgeError(NO_SCORE)
@@ -393,40 +384,42 @@ def read_batches(file, size):
 
 
 def read_request(line):
-    """(id, {name: image}) of a request. Raises JudgeError, DataError."""
+    """A request, a dict. Raises JudgeError."""
     if line is None:
         raise JudgeError(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:
         request = json.loads(line)
     except (ValueError, RecursionError):
         raise JudgeError("the line is not JSON") from None
-    names = ("gt", "degraded", "restored")
-    if not isinstance(request, dict) or not {"id", *names} <= request.keys():
+    if not isinstance(request, dict) or not {"id", *IMAGES} <= request.keys():
         raise JudgeError('a request is an object with "id", "gt", "degraded" and "restored"')
-    return request["id"], {name: read_image(request[name]) for name in names}
+    return request
 
 
 def score_lines(judge, lines):
     """One reply per (line number, line), in order; those that are requests are scored as one batch."""
-    replies, valid = [], []
+    replies, valid, images = [], [], []
     for number, line in lines:
         reply = dict(id=None, score=None)
+        replies.append(reply)
         try:
-            reply["id"], images = read_request(line)
-            valid.append((reply, images))
+            request = read_request(line)
+            reply["id"] = request["id"]
+            images.append({name: read_image(request[name]) for name in IMAGES})
+            valid.append(reply)
         except (JudgeError, data.DataError) as error:
             reply["error"] = f"line {number}: {error}"
-        replies.append(reply)
-    if valid:
-        try:
-            answers = judge.score([images for _, images in valid])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-            answers = [dict(error="out of memory: a smaller --batch-size or --max-pixels needs less")] * len(valid)
-        for (reply, _), answer in zip(valid, answers):
-            reply |= answer
+    try:
+        answers = judge.score(images) if images else []
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        answers = [dict(score=None, error="out of memory: a smaller --batch-size or --max-pixels needs less")] * len(valid)
+    for reply, answer in zip(valid, answers):
+        if answer["score"] is not None and not 1 <= answer["score"] <= 5:  # not a number, for one
+            answer = dict(score=None, error=f"the model's score is {answer['score']}; another --dtype may help")
+        reply |= answer
     return replies
 
 

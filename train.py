@@ -314,6 +314,7 @@ def judge_of(args):
         command += ["--prompt", args.judge_prompt]
     if is_url(args.judge):  # a little less time than we wait for it, so that it can say which request failed
         command += ["--server", args.judge, "--model", args.judge_model, "--timeout", str(0.9 * args.judge_timeout)]
+        command += ["--batch-size", str(args.batch_size * args.group_size)]
     else:
         command += ["--model", args.judge, "--device", args.judge_device or judge_device(args.device)]
     judge = judges.Judge(command, Path(args.resume or args.out) / "judge.log", args.judge_timeout, args.judge_patience)

