@@ -74,6 +74,7 @@ SCORE = re.compile(r"<Score>[ \r\n]*([1-5])[ \r\n]*</Score>")
 NO_SCORE = "the answer has no single <Score>X</Score> with X from 1 to 5"
 MAX_LINE = 1 << 26  # bytes of a request: three photographs of some 10 MP
 MAX_REPLY = 1 << 20
+PAUSE = 0.5  # s before a server is asked again
 START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB
 
 
@@ -297,7 +298,7 @@ class ServerJudge:
                 return read_completion(answer, self.args.mode)
             except JudgeError as error:
                 reply = dict(score=None, error=str(error))
-                time.sleep(min(0.5, max(deadline - time.monotonic(), 0)))
+                time.sleep(min(PAUSE, max(deadline - time.monotonic(), 0)))
         return reply
 
     def body(self, urls, temperature):

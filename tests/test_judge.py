@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,13 +212,27 @@ def test_incomplete_weights_are_refused(tiny, tmp_path):
     """transformers itself would fill the missing tensor with random numbers."""
     from safetensors.torch import load_file, save_file
 
-    for file in tiny.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tiny / "model.safetensors")
+    folder = shutil.copytree(tiny, tmp_path / "judge")
+    tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(judges.JudgeError, match="1 tensors are missing.*lm_head.weight"):
-        judges.LocalJudge(options(tmp_path))
+        judges.LocalJudge(options(folder))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(judges.JudgeError, match="cannot be loaded"):
+        judges.LocalJudge(options(folder))
+
+
+def test_a_model_that_is_nowhere(monkeypatch):
+    """Within seconds: transformers would try to reach the hub for minutes."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    begun = time.perf_counter()
+    with pytest.raises(judges.JudgeError, match="no-such/model cannot be loaded: .* the hub cannot be reached"):
+        judges.LocalJudge(options("no-such/model"))
+    with pytest.raises(judges.JudgeError, match="there is no folder /no/such/folder"):
+        judges.LocalJudge(options("/no/such/folder"))
+    assert time.perf_counter() - begun < 10
 
 
 def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
@@ -476,7 +491,7 @@ def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.seen, s.lock, s.behave = [], threading.Lock(), lambda n: completion("<Assessment><Score>4</Score></Assessment>")
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
-    threading.Thread(target=s.serve_forever, daemon=True).start()
+    threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
     yield s
     s.shutdown()
     s.server_close()
@@ -531,7 +546,8 @@ def test_a_server_without_logprobs_and_one_that_writes(server):
         (completion(None), "no chat completion"),
     ],
 )
-def test_what_a_server_does_wrong_is_tried_once_more(server, first, words):
+def test_what_a_server_does_wrong_is_tried_once_more(server, monkeypatch, first, words):
+    monkeypatch.setattr(judges, "PAUSE", 0.01)
     good = server.behave
     server.behave = lambda n: first if n == 1 else good(n)
     assert served(server).score([trio(0)])[0]["score"] == 4 and len(server.seen) == 2
@@ -559,26 +575,15 @@ def test_a_server_that_is_not_there_or_has_another_model(server):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine"),
-        (["--judge", "no-such/model"], "the judge's model no-such/model cannot be loaded"),
-    ],
-)
-def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys, monkeypatch, change, words):  # noqa: F811
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder, flags = tmp_path / "judge", change if isinstance(change, list) else []
-    folder.mkdir()
-    for file in tiny.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    if not flags:
-        change(folder)
-    begun = time.perf_counter()
-    message = fails(capsys, train.main, small("run", "--judge", folder, *flags))
-    assert "the judge could not start" in message and words in message and time.perf_counter() - begun < 60
-    assert not (tmp_path / "run/hard.json").exists()  # nothing was computed
+def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(tiny, tmp_path / "judge")
+    (tmp_path / "judge/model.safetensors").unlink()
+    for flags, words in (([], "no file named model.safetensors"), (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine")):
+        begun = time.perf_counter()
+        message = fails(capsys, train.main, small("run", "--judge", tmp_path / "judge", *flags))
+        assert "the judge could not start" in message and words in message and time.perf_counter() - begun < 60
+        assert not (tmp_path / "run/hard.json").exists()  # nothing was computed
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path):
