@@ -23,7 +23,6 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory here, talks on standard error
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -369,6 +368,7 @@ def bench_scaling(args):
     model = build(args)
     print("\n| step: crop | " + " | ".join(f"G = {g}" for g in args.groups) + " |")
     print("|---" * (1 + len(args.groups)) + "|")
+    plt = runs.pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(14, 3))
     for crop in args.crops:
         cells = []

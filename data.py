@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.ndimage import distance_transform_edt
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 TASKS = ("denoise15", "denoise25", "denoise50", "derain", "dehaze", "deblur", "lowlight")
@@ -511,6 +510,8 @@ def psnr_ssim(y, gt):
     y, gt = (t.clamp(0, 1).permute(1, 2, 0).numpy() for t in (y, gt))
     if np.array_equal(y, gt):
         return 100.0, 1.0
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # here: it takes a second to load
+
     ssim = structural_similarity(gt, y, data_range=1, channel_axis=-1)
     return float(peak_signal_noise_ratio(gt, y, data_range=1)), float(ssim)
 

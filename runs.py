@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import importlib
 import io
 import json
 import math
@@ -11,14 +12,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 import data
 
@@ -165,6 +161,8 @@ class Log:
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(self.path, "a")
+        from torch.utils.tensorboard import SummaryWriter  # here, as matplotlib below: they are slow to load, for a judge, too
+
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(self, step, metrics):
@@ -225,6 +223,13 @@ def gain_table(rows):
     return "\n".join(lines)
 
 
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    return importlib.import_module("matplotlib.pyplot")
+
+
 def plot_curves(folder, rows):
     """curves.png: what tells whether a run works, each as measured and as a running mean."""
     panels = [
@@ -240,6 +245,7 @@ def plot_curves(folder, rows):
     ]
     if not rows:
         return
+    plt = pyplot()
     gates = [k for k in rows[-1] if ".g_" in k and k.endswith("/mean")]
     shown = {*rows[-1], "psnr_gain", *(["policy/gates"] if gates else [])}
     panels = [(key, title) for key, title in panels if key in shown]
@@ -278,6 +284,7 @@ def plot_curves(folder, rows):
 
 def plot_samples(path, samples, names=("input", "before", "after", "truth")):
     """One row per (title, input, …, truth), images (3, H, W) under `names`, captioned with their PSNR."""
+    plt = pyplot()
     figure, axes = plt.subplots(len(samples), len(names), figsize=(2.4 * len(names), 2.55 * len(samples)), squeeze=False)
     for row, (title, *images) in zip(axes, samples):
         for axis, name, image in zip(row, names, images):
