@@ -10,7 +10,8 @@ A request is one line of JSON, an image a path or a data URL (data:image/png;bas
     {"id": 7, "score": null, "error": "why there is none"}
 
 Requests are scored in batches of --batch-size; an empty line ends a batch early. It exits with 1 if a request got no score.
-Training starts this same program, and `Judge`, at the end of this file, asks it. Nothing but replies goes to its output.
+Training starts this same program, and `Judge`, at the end of this file, asks it; to it, the program first says {"ready": …}.
+Nothing but these lines goes to its output.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,7 +77,7 @@ NO_SCORE = "the answer has no single <Score>X</Score> with X from 1 to 5"
 MAX_LINE = 1 << 26  # bytes of a request: three photographs of some 10 MP
 MAX_REPLY = 1 << 20
 PAUSE = 0.5  # s before a server is asked again
-START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB
+START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB, a later one has 60 s and three times what the first took
 
 
 class JudgeError(RuntimeError):
@@ -87,7 +89,8 @@ class JudgeError(RuntimeError):
 
 def expected_score(logits):
     """Σ k p_k over the five scores, p the softmax of the logits (or log-probabilities) (…, 5) of the tokens 1 … 5; (…)."""
-    return logits.softmax(dim=-1) @ torch.arange(1, 6, dtype=logits.dtype, device=logits.device)
+    scores = torch.arange(1, 6, dtype=logits.dtype, device=logits.device)
+    return (logits.softmax(dim=-1) @ scores).clamp(1, 5)  # rounding could lead out
 
 
 def find_score(text):
@@ -156,7 +159,7 @@ def is_hub_reachable(name):
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise JudgeError(f"{constants.ENDPOINT} has no model {name}") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 
@@ -215,59 +218,51 @@ class LocalJudge:
     def score(self, requests):
         """Replies without their id, one per request."""
         if self.args.mode == "logits":
-            p = torch.empty(len(requests), 5)  # log-probabilities
-            for rows in self.groups(requests):
-                inputs = self.inputs([requests[i] for i in rows], self.chat + self.begin)
-                group = len(rows) > 1 and all(self.alike(requests[rows[0]], requests[i]) for i in rows)
-                logits = self.read_group(inputs) if group else self.model(**inputs, logits_to_keep=1, use_cache=False).logits
-                p[rows] = logits[:, -1].float().log_softmax(dim=-1)[:, self.tokens].cpu()
-            return [dict(score=s, p=[round(v, 4) for v in row]) for s, row in zip(expected_score(p).tolist(), p.exp().tolist())]
-        replies = [self.reply(text) for text in self.write(requests, do_sample=False)]
-        again = [i for i, reply in enumerate(replies) if reply["score"] is None]
-        if again:  # once more, drawn: the likeliest words would be the same
-            torch.manual_seed(0)
-            texts = self.write([requests[i] for i in again], do_sample=True, temperature=0.7, top_p=0.9)
-            for i, text in zip(again, texts):
-                replies[i] = self.reply(text)
+            return self.expect(requests)
+        replies = [dict(score=None)] * len(requests)
+        torch.manual_seed(0)
+        for how in (dict(do_sample=False), dict(do_sample=True, temperature=0.7, top_p=0.9)):  # the likeliest words, then drawn ones
+            rows = [i for i, reply in enumerate(replies) if reply["score"] is None]
+            for i, text in zip(rows, self.write([requests[i] for i in rows], **how) if rows else []):
+                score = parse_score(text)
+                replies[i] = dict(score=score, text=text, **({} if score else dict(error=NO_SCORE)))
         return replies
 
-    def alike(self, a, b):
-        """Whether two requests differ in the restored image alone, and that one stands last in the prompt."""
-        same = all(torch.equal(a[name], b[name]) for name in ("gt", "degraded"))
-        return same and a["restored"].shape == b["restored"].shape and self.names[-1] == "restored"
-
-    def groups(self, requests):
-        """Lists of the requests' numbers: neighbours that are alike, and one of all others."""
-        groups = []
-        for i, request in enumerate(requests):
-            if groups and self.alike(requests[groups[-1][0]], request):
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        others = [group[0] for group in groups if len(group) == 1]
-        return [group for group in groups if len(group) > 1] + ([others] if others else [])
+    def expect(self, requests):
+        """Replies of mode logits. Requests that differ in the restored image alone, a group of rollouts, are read together."""
+        groups, head = defaultdict(list), self.model.get_output_embeddings()
+        for i, r in enumerate(requests):
+            shared = [r["gt"].numpy().tobytes(), r["degraded"].numpy().tobytes(), *(r[name].shape for name in IMAGES)]
+            groups[tuple(shared) if self.names[-1] == "restored" else i].append(i)
+        alone = [rows[0] for rows in groups.values() if len(rows) == 1]
+        replies = [None] * len(requests)
+        for rows in [rows for rows in groups.values() if len(rows) > 1] + ([alone] if alone else []):
+            inputs = self.inputs([requests[i] for i in rows], self.chat + self.begin)
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state if rows is alone else self.read_group(inputs)
+            hidden = hidden[:, -1]
+            logits = hidden.float() @ head.weight[self.tokens].float().T  # (B, 5); in bfloat16 they would lie 0.1 apart and tie
+            p = (logits - head(hidden).float().logsumexp(dim=-1, keepdim=True)).exp()  # among all tokens
+            for i, score, row in zip(rows, expected_score(logits).tolist(), p.tolist()):
+                replies[i] = dict(score=score, p=[round(v, 4) for v in row])
+        return replies
 
     def read_group(self, inputs):
-        """Logits (G, 1, vocabulary) after the last token of alike requests: what comes before the restored image is read once."""
-        model, ids, grid = self.model, inputs["input_ids"], inputs["image_grid_thw"]
+        """Last hidden states (G, length, width) of a group: what comes before the restored image is read once."""
+        net, ids, grid = self.model.model, inputs["input_ids"], inputs["image_grid_thw"]
         types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
-        places, _ = model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask)  # (3, G, L)
+        places, _ = net.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask)  # (3, G, L)
         images = inputs["pixel_values"].split(grid.prod(dim=1).tolist())
-        n = (ids[0] == model.config.vision_start_token_id).nonzero()[-1].item()  # where the restored image begins
+        n = (ids[0] == net.config.vision_start_token_id).nonzero()[-1].item()  # where the restored image begins
         known = dict(pixel_values=torch.cat(images[:2]), image_grid_thw=grid[:2])
-        past = model(input_ids=ids[:1, :n], position_ids=places[:, :1, :n], use_cache=True, logits_to_keep=1, **known).past_key_values
+        past = net(input_ids=ids[:1, :n], position_ids=places[:, :1, :n], use_cache=True, **known).past_key_values
         past.batch_repeat_interleave(len(ids))
         new = dict(pixel_values=torch.cat(images[2::3]), image_grid_thw=grid[2::3])
-        return model(input_ids=ids[:, n:], position_ids=places[..., n:], past_key_values=past, logits_to_keep=1, **new).logits
+        return net(input_ids=ids[:, n:], position_ids=places[..., n:], past_key_values=past, **new).last_hidden_state
 
     def write(self, requests, **sampling):
         inputs = self.inputs(requests, self.chat)
         out = self.model.generate(**inputs, max_new_tokens=self.args.max_new_tokens, **sampling)
         return self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    def reply(self, text):
-        score = parse_score(text)
-        return dict(score=score, text=text, **({} if score else dict(error=NO_SCORE)))
 
 
 class ServerJudge:
@@ -282,7 +277,7 @@ class ServerJudge:
         except (JudgeError, KeyError, TypeError) as error:
             raise JudgeError(f"no OpenAI-compatible server answers at {args.server} ({error})") from None
         if args.model not in served:
-            raise JudgeError(f"{args.server} has no model {args.model}; it serves {', '.join(map(str, served))}")
+            raise JudgeError(f"{args.server} has no model {args.model}; it serves {', '.join(map(str, served))[:300]}")
 
     def score(self, requests):
         deadline = time.monotonic() + self.args.timeout
@@ -292,13 +287,13 @@ class ServerJudge:
     def score_one(self, request, deadline):
         """What may pass, as a broken connection, a busy server or an answer without a score, is tried once more."""
         urls = {name: data_url(image) for name, image in request.items()}
-        for temperature in (0.0, 0.7):
+        for temperature, pause in ((0.0, PAUSE), (0.7, 0)):
             try:
                 answer = self.call("/chat/completions", self.body(urls, temperature), deadline - time.monotonic())
                 return read_completion(answer, self.args.mode)
             except JudgeError as error:
                 reply = dict(score=None, error=str(error))
-                time.sleep(min(PAUSE, max(deadline - time.monotonic(), 0)))
+                time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
         return reply
 
     def body(self, urls, temperature):
@@ -316,17 +311,27 @@ class ServerJudge:
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         content = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(self.args.server.rstrip("/") + path, content, headers)
+        request, said, end = urllib.request.Request(self.args.server.rstrip("/") + path, content, headers), b"", time.monotonic() + seconds
         try:
-            with urllib.request.urlopen(request, timeout=max(seconds, 0.1)) as response:
-                return json.loads(response.read(MAX_REPLY))
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(300).decode(errors="replace").split())
-            raise JudgeError(f"the server answered {error.code} {error.reason}: {said}") from None
+            try:
+                response = urllib.request.build_opener(NoRedirect).open(request, timeout=max(seconds, 0.1))
+            except urllib.error.HTTPError as error:
+                raise JudgeError(f"the server answered {error.code} {error.reason}: {error.read(300).decode(errors='replace')!r}") from None
+            with response:
+                while len(said) < MAX_REPLY and time.monotonic() < end and (part := response.read1(1 << 16)):
+                    said += part  # in parts: the time-out is one of silence
+            return json.loads(said)
         except (OSError, http.client.HTTPException) as error:
             raise JudgeError(f"the connection failed: {error}") from None
         except (ValueError, RecursionError):
-            raise JudgeError("the server's answer is not JSON") from None
+            raise JudgeError("the server's answer is not JSON, or too long, or took too long") from None
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: following it would hand the API key to another host."""
+
+    def redirect_request(self, *args):
+        return None
 
 
 def read_completion(answer, mode):
@@ -335,7 +340,7 @@ def read_completion(answer, mode):
         choice = answer["choices"][0]
         text, tokens = choice["message"]["content"], (choice.get("logprobs") or {}).get("content")
         score = score_from_logprobs(tokens) if tokens and mode == "logits" else parse_score(text)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise JudgeError("the server's answer is no chat completion") from None
     if score is None:
         raise JudgeError(NO_SCORE)
@@ -356,13 +361,16 @@ def read_image(source):
     """A path or data URL as uint8 (3, H, W). Raises DataError."""
     if not isinstance(source, str):
         raise data.DataError("an image must be a path or a data URL")
-    if not source.startswith("data:"):
-        return (data.read_image(source) * 255).round().byte()
-    try:
-        content = base64.b64decode(source.partition(";base64,")[2], validate=True)
-        return (data.read_image(io.BytesIO(content)) * 255).round().byte()
-    except ValueError:  # DataError and base64's own
-        raise data.DataError(f"the image {source[:40]}… is no base64 of an image file") from None
+    file = source
+    if source.startswith("data:"):
+        try:
+            file = io.BytesIO(base64.b64decode(source.partition(";base64,")[2], validate=True))
+        except ValueError:
+            raise data.DataError(f"the image {source[:40]}… is not base64") from None
+    image = (data.read_image(file) * 255).round().byte()
+    if max(image.shape[1:]) > 200 * min(image.shape[1:]):
+        raise data.DataError(f"an image of {image.shape[2]}×{image.shape[1]} px is too narrow for the model")
+    return image
 
 
 def read_batches(file, size):
@@ -416,7 +424,7 @@ def score_lines(judge, lines):
         if not is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()
-        answers = [dict(score=None, error="out of memory: a smaller --batch-size or --max-pixels needs less")] * len(valid)
+        answers = [dict(score=None, error="out of memory: smaller batches or images need less")] * len(valid)
     for reply, answer in zip(valid, answers):
         if answer["score"] is not None and not 1 <= answer["score"] <= 5:  # not a number, for one
             answer = dict(score=None, error=f"the model's score is {answer['score']}; another --dtype may help")
@@ -462,6 +470,8 @@ def main(argv):
     args = p.parse_args(argv)
     if args.min_pixels > args.max_pixels:
         p.error("--min-pixels is above --max-pixels")
+    if args.server and not args.server.startswith(("http://", "https://")):
+        p.error(f"--server {args.server} is no address: it begins with http:// or https://")
     args.dtype = args.dtype or ("bf16" if runs.on_gpu(args.device) else "fp32")
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
@@ -471,6 +481,8 @@ def main(argv):
         judge = ServerJudge(args) if args.server else LocalJudge(args)
     except JudgeError as error:
         return p.fail(error)
+    except KeyboardInterrupt:
+        return p.fail("stopped")
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -486,8 +498,10 @@ def main(argv):
                 scored, failed = scored + (reply["score"] is not None), failed + (reply["score"] is None)
             replies.flush()
             seconds += time.perf_counter() - start
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         return p.fail("stopped")
+    except OSError as error:  # a full disk, a reader that has gone
+        return p.fail(f"the scores could not be written ({error.strerror})")
     if scored + failed:
         memory = f", peak {torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB" if runs.on_gpu(args.device) else ""
         print(f"{scored} scored, {failed} not; {seconds / (scored + failed):.3f} s each{memory}", file=sys.stderr)
@@ -498,18 +512,19 @@ def main(argv):
 
 
 class Judge:
-    """What training asks: a judge.py of its own. It works beside the trainer, is waited for a bounded time, and is started
-    again when it failed.
+    """What training asks: a judge.py of its own, which works beside the trainer and is started again when it failed.
 
     command: what starts it; log: the file for what it says besides replies; timeout: s for a batch; patience: how many
-    batches in a row may pass without a single whole group. After a batch `metrics` has its latency, the wait for it that the
-    trainer's own work did not hide (s), its rollouts without a score, and the starts so far; `problem` is why, or None.
+    batches in a row may pass without a single whole group. After a batch `problem` says what went wrong, or None, and
+    `metrics` has: latency, s from sending it to its last reply; wait, s the trainer stood still for it, a new start
+    included; failures, rollouts without a score; starts so far.
     """
 
     def __init__(self, command, log, timeout=60.0, patience=5):
         self.command, self.log, self.timeout, self.patience = command, Path(log), timeout, patience
         self.process, self.problem, self.metrics = None, None, {}
         self.starts = self.asked = self.failed_in_a_row = 0
+        self.start_timeout = START_TIMEOUT
 
     def start(self, degraded, gt, group_size):
         """Starts it and has it score a first batch: what cannot work should fail before the training. Raises JudgeError."""
@@ -520,45 +535,46 @@ class Judge:
             raise JudgeError(f"the judge could not score a first batch: {self.problem}; its log is {self.log}")
 
     def ask(self, degraded, y, gt):
-        """Sends one batch: degraded, gt (B, 3, H, W) and y (B·G, 3, H, W), image by image, in [0, 1]. Returns at once a
-        function that waits for the scores: (B, G), 1 to 5, NaN where there is none. It raises JudgeError when patience ends."""
-        sent, first, group, replies = time.perf_counter(), self.asked, len(y) // len(gt), {}
-        self.asked, self.problem = self.asked + len(y), None
+        """Sends one batch: degraded, gt (B, 3, H, W) and y (B·G, 3, H, W), image by image, in [0, 1]. Returns a function that
+        waits for the scores: (B, G), 1 to 5, NaN where there is none. It raises JudgeError when patience ends. Returns at
+        once, unless the judge has to be started again."""
+        self.problem, wait, replies, answered = None, None, {}, []
         images = [(t.detach().float().clamp(0, 1) * 255).round().byte().cpu() for t in (gt, degraded, y)]
+        ids = range(self.asked, self.asked + len(y))
+        self.asked += len(y)
 
-        def exchange():
-            gts, degradeds, restoreds = ([data_url(image) for image in t] for t in images)
-            files = [(gts[i // group], degradeds[i // group], url) for i, url in enumerate(restoreds)]
-            self.exchange([dict(id=first + i, gt=a, degraded=b, restored=c) for i, (a, b, c) in enumerate(files)], replies)
-            self.metrics["judge/latency"] = time.perf_counter() - sent
+        def exchange(process):
+            self.talk(process, make_requests(ids, *images), replies)
+            answered.append(time.perf_counter())
+
+        begun = time.perf_counter()
+        try:
+            self.launch()  # not in the background: the kernel ties a process to the thread that started it
+            wait = in_background(exchange, self.process)
+        except JudgeError as error:
+            self.problem = error
+        sent = time.perf_counter()
 
         def scores():
             waiting = time.perf_counter()
             try:
                 if wait:
-                    wait(self.timeout - (waiting - sent), f"it did not answer within {self.timeout:g} s")
+                    wait(sent + self.timeout - waiting, f"it did not answer within {self.timeout:g} s")
             except JudgeError as error:
                 self.problem = error
-                self.metrics["judge/latency"] = time.perf_counter() - sent
                 self.close()  # the next batch starts it again
-            values = torch.tensor([self.score_of(replies.get(first + i, {})) for i in range(len(y))]).reshape(len(gt), group)
-            failures = int(values.isnan().sum())
-            waited = time.perf_counter() - waiting
-            self.metrics |= {"judge/wait": waited, "judge/failures": failures, "judge/starts": self.starts}
+            values = torch.tensor([self.score_in(replies.get(i, {})) for i in ids]).reshape(len(gt), -1)  # (B, G)
+            now = time.perf_counter()
+            self.metrics = {"judge/latency": (answered or [now])[0] - sent, "judge/wait": now - waiting + sent - begun}
+            self.metrics |= {"judge/failures": int(values.isnan().sum()), "judge/starts": self.starts}
             self.failed_in_a_row = 0 if values.isfinite().all(dim=1).any() else self.failed_in_a_row + 1
             if self.failed_in_a_row >= self.patience:
                 raise JudgeError(f"the judge failed {self.patience} times in a row, the last time: {self.problem}; its log is {self.log}")
             return values.to(y.device)
 
-        wait = None
-        try:
-            self.launch()  # not in the background: the kernel ties a process to the thread that started it
-            wait = in_background(exchange)
-        except JudgeError as error:
-            self.problem, self.metrics["judge/latency"] = error, 0.0
         return scores
 
-    def score_of(self, reply):
+    def score_in(self, reply):
         """The score in a reply, NaN if it has none that a judge can give."""
         score = reply.get("score")
         if type(score) in (int, float) and 1 <= score <= 5:
@@ -570,35 +586,37 @@ class Judge:
         """Starts it unless it runs, and returns when its model is loaded. Raises JudgeError with its last words."""
         if self.process and self.process.poll() is None:
             return
-        pipe, self.starts = subprocess.PIPE, self.starts + 1
-        self.log_start = self.log.stat().st_size if self.log.exists() else 0
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True)
+        pipe, begun, self.starts = subprocess.PIPE, time.perf_counter(), self.starts + 1
         try:
-            in_background(lambda: self.read_until(lambda reply: "ready" in reply))(START_TIMEOUT, "it did not get ready in time")
-        except JudgeError as error:
+            self.log_start = self.log.stat().st_size if self.log.exists() else 0
+            with open(self.log, "ab") as log:
+                self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True)
+            wait = in_background(self.read_until, self.process, lambda reply: "ready" in reply)
+            wait(self.start_timeout, f"it was not ready within {self.start_timeout:.0f} s")
+        except (JudgeError, OSError) as error:
             self.close()
             raise JudgeError(f"the judge could not start: {error}; its log is {self.log}") from None
+        self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
 
-    def exchange(self, requests, replies):
+    def talk(self, process, requests, replies):
         """Sends requests as one batch and fills replies, {id: reply}. Raises JudgeError."""
         wanted = {request["id"] for request in requests}
+
+        def send():
+            with contextlib.suppress(OSError):  # if it has ended, reading says why
+                process.stdin.write("".join([json.dumps(request) + "\n" for request in requests] + ["\n"]).encode())
+                process.stdin.flush()
 
         def last(reply):
             if type(reply.get("id")) is int and reply["id"] in wanted:
                 replies[reply["id"]] = reply
             return wanted <= replies.keys()
 
-        try:
-            self.process.stdin.write("".join([json.dumps(request) + "\n" for request in requests] + ["\n"]).encode())
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: reading says why
-        self.read_until(last)
+        in_background(send)  # it may reply before it has read all, and a pipe holds little
+        self.read_until(process, last)
 
-    def read_until(self, last):
+    def read_until(self, process, last):
         """Reads JSON objects from its output until one is the `last`; other lines are noise. Raises JudgeError at its end."""
-        process = self.process
         while line := process.stdout.readline(MAX_REPLY):
             try:
                 reply = json.loads(line)
@@ -606,28 +624,39 @@ class Judge:
                 continue
             if isinstance(reply, dict) and last(reply):
                 return
-        code = process.wait()
-        words = self.log.read_bytes()[self.log_start :].decode(errors="replace").splitlines()
-        said = next((line.strip() for line in reversed(words) if line.strip()), "without a word")
-        raise JudgeError(f"signal {-code} ended it" if code < 0 else f"{said[-400:]} (exit code {code})")
+        code, said = process.wait(), "without a word"
+        with contextlib.suppress(OSError), open(self.log, "rb") as log:
+            log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 4096))
+            words = log.read().decode(errors="replace").split("\n")
+            said = next((line.strip()[-400:] for line in reversed(words) if line.strip()), said)
+        killed = f"signal {-code} ended it" + (", as the kernel does when memory runs out" if code == -signal.SIGKILL else "")
+        raise JudgeError(killed if code < 0 else f"{said} (exit code {code})")
 
     def close(self):
         """Ends it at once: there is nothing to save."""
-        if self.process:
-            with contextlib.suppress(ProcessLookupError):
+        if self.process and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+                self.process.wait(10)
+        self.process = None
 
 
-def in_background(function):
-    """Starts function in a thread that keeps no program from ending. Returns wait(seconds, problem), which raises what it
-    raised, or JudgeError(problem)."""
+def make_requests(ids, gt, degraded, restored):
+    """Requests with these ids for uint8 images (B, 3, H, W) and rollouts (B·G, 3, H, W)."""
+    group = len(restored) // len(gt)
+    gts, degradeds = ([url for image in t for url in [data_url(image)] * group] for t in (gt, degraded))
+    files = zip(ids, gts, degradeds, map(data_url, restored))
+    return [dict(id=i, gt=a, degraded=b, restored=c) for i, a, b, c in files]
+
+
+def in_background(function, *args):
+    """Starts function(*args) in a thread that keeps no program from ending. Returns wait(seconds, problem), which raises what
+    it raised, or JudgeError(problem) if it is not done by then."""
     errors = []
 
     def run():
         try:
-            function()
+            function(*args)
         except Exception as error:
             errors.append(error)
 

@@ -228,6 +228,8 @@ def parse_terms(text, judge=False):
         weights["qwen"] = PARTS["qwen"] if judge else 0.0
     if weights["qwen"] and not judge:
         raise RewardError("--rewards asks for qwen, but there is no judge: name one with --judge, or leave the term out")
+    if weights["qwen"] and not any(effective_weights(weights, qwen=False).values()):
+        raise RewardError("--rewards with qwen alone: a group that the judge cannot score would have no reward, so name another term")
     if judge and not weights["qwen"]:
         raise RewardError("there is a --judge, but --rewards leaves its term qwen out: name it, or leave --judge out")
     if not any(effective_weights(weights).values()):

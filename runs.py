@@ -147,9 +147,9 @@ def load_json(path):
 
 
 def refuse_existing(path):
-    """Raises RunError if a run folder has something in it already."""
+    """Raises RunError if a run folder has something in it already, other than the log of a judge that could not start."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(file.name != "judge.log" for file in path.iterdir())):
         raise RunError(f"{path} exists: continue it with --resume {path}, or choose another --out")
 
 

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -54,7 +55,7 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judg
         with half_precision(args):
             y, states, actions = draw_group(model, policy, encoding, args.group_size, generator)
         scores = judge and judge.ask(degraded, y, gt)  # at work while the other rewards are computed
-        r, terms = reward(y, gt, tasks, scores)  # (B, G), Eq. 22
+        r, terms = reward(y, gt, tasks, scores)  # (B, G), Eq. 22; asks for the scores last
     advantages = grpo.group_advantages(r)  # Eq. 8
     best = grpo.best_of_group(r)  # g*
     metrics = {
@@ -187,13 +188,13 @@ def post_train(args, judge=None):
     known = known_scores([args.scores, run / "hard.json"], digest)
     train, val = usable_samples([args.data_root], args.crop)
     run.mkdir(parents=True, exist_ok=True)
+    if judge:
+        start_judge(judge, val[0], args)
     if reward:
         described = rewards.describe_terms(terms, judge and f"{args.judge} {args.judge_model or ''}, {args.judge_mode}")
         print_terms(described)
         runs.save_json(run / "rewards.json", described)
     runs.save_json(run / "config.json", vars(args))
-    if judge:
-        start_judge(judge, val[0], args)
 
     before_restore = partial(adair.restore, pretrained)
     hard = mine_hard(args, run, before_restore, digest, known, train, resumed=checkpoint is not None)
@@ -243,7 +244,8 @@ def post_train(args, judge=None):
                 except judges.JudgeError as error:  # it failed too often; nothing of this step is in the weights
                     bar.close()
                     save("last.pt")
-                    raise runs.RunError(f"{error}; --resume {run} goes on at step {step}") from None
+                    more = f"--resume {run} goes on at step {step}, with other --judge… flags if need be"
+                    raise runs.RunError(f"{error}; {more}") from None
                 metrics |= optimizer_step(optimizer)
                 for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
                     optimizer.zero_grad()
@@ -309,14 +311,15 @@ def judge_of(args):
     if args.judge == "none":
         yield None
         return
-    command = [sys.executable, judges.__file__, "--parent", str(os.getpid()), "--mode", args.judge_mode]
+    batch = str(args.batch_size * args.group_size)
+    command = [sys.executable, judges.__file__, "--parent", str(os.getpid()), "--mode", args.judge_mode, "--batch-size", batch]
     if args.judge_prompt:
         command += ["--prompt", args.judge_prompt]
     if is_url(args.judge):  # a little less time than we wait for it, so that it can say which request failed
-        command += ["--server", args.judge, "--model", args.judge_model, "--timeout", str(0.9 * args.judge_timeout)]
-        command += ["--batch-size", str(args.batch_size * args.group_size)]
+        command += ["--server", args.judge, "--model", args.judge_model, "--timeout", str(0.9 * args.judge_timeout), "--device", "cpu"]
     else:
         command += ["--model", args.judge, "--device", args.judge_device or judge_device(args.device)]
+    command += args.judge_args or []
     judge = judges.Judge(command, Path(args.resume or args.out) / "judge.log", args.judge_timeout, args.judge_patience)
     try:
         yield judge
@@ -329,12 +332,19 @@ def is_url(text):
 
 
 def judge_device(device):
-    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside a CPU trainer to the CPU."""
+    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside a CPU trainer to the CPU.
+    Raises RunError if there is no such GPU."""
     if not runs.on_gpu(device):
         return "cpu"
     world, rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     taken = torch.device(device).index or 0
-    return "cuda:0" if world == 1 and taken else f"cuda:{world + rank}"
+    wanted = 0 if world == 1 and taken else world + rank
+    if wanted >= torch.cuda.device_count():
+        raise runs.RunError(
+            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has {torch.cuda.device_count()}: name one with "
+            f"--judge-device ({device} would be shared with the training), or a server with --judge"
+        )
+    return f"cuda:{wanted}"
 
 
 def start_judge(judge, sample, args):
@@ -342,7 +352,7 @@ def start_judge(judge, sample, args):
     degraded, gt = data.evaluation_pair(sample)
     shape = (args.crop, args.crop)
     degraded, gt = (torch.nn.functional.interpolate(t[None], shape).repeat(args.batch_size, 1, 1, 1) for t in (degraded, gt))
-    print(f"starting the judge {args.judge}")
+    print(f"starting the judge {args.judge}, whose log is {judge.log}")
     judge.start(degraded, gt, args.group_size)
 
 
@@ -625,6 +635,7 @@ def post_train_parser():
     add("--judge-device", None, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
     add("--judge-mode", "logits", "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
     add("--judge-prompt", None, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
+    add("--judge-args", None, "further flags of judge.py, quoted: '--min-pixels 50176 --dtype fp16'", shlex.split)
     add("--judge-timeout", 60.0, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
     add("--judge-patience", 5, "failures in a row after which the run stops", runs.number(int, 1))
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
@@ -666,12 +677,16 @@ def parse(argv):
     parser = post_train_parser()
     args = parser.parse_args(argv)
     if args.resume:
-        if len(argv) > (1 if "=" in argv[0] else 2):
-            parser.error("a resumed run keeps its settings: give --resume RUN alone")
+        if any(word.startswith("-") and " " not in word and not word.startswith(("--res", "--judge")) for word in argv):
+            parser.error("a resumed run keeps its settings: give --resume RUN alone, or with --judge… flags")
         config = Path(args.resume) / "config.json"
         if not config.exists():
             parser.error(f"{args.resume} is no run folder: it has no config.json")
         stored = {**vars(args), **PRESETS["demo"], **runs.load_json(config), "resume": args.resume}
+        judge = {k: v for k, v in vars(args).items() if k.startswith("judge") and v != parser.get_default(k)}
+        if judge and stored["judge"] == "none":
+            parser.error(f"{args.resume} began without a judge: with one its reward would change")
+        stored |= judge
         try:
             runs.device(stored["device"])
         except argparse.ArgumentTypeError as error:

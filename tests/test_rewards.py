@@ -237,7 +237,7 @@ def test_a_group_the_judge_could_not_score_is_rewarded_without_it():
     y = (gt.repeat_interleave(2, dim=0) + 0.1 * torch.randn(4, 3, 96, 96)).clamp(0, 1)
     reward = rewards.Reward(rewards.parse_terms("psnr,ssim,qwen,task", judge=True))
     score = torch.tensor([[5.0, 1.0], [math.nan, 3.0]])
-    r, terms = reward(y, gt, ["derain"] * 2, score)
+    r, terms = reward(y, gt, ["derain"] * 2, lambda: score)
     without, _ = rewards.Reward(rewards.parse_terms("psnr,ssim,task"))(y, gt, ["derain"] * 2)
     assert torch.equal(terms["qwen"][0], torch.tensor([1.0, 0.0]))
     assert torch.allclose(r[0], 0.9 * without[0] + 0.1 * terms["qwen"][0])
