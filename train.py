@@ -470,12 +470,15 @@ def write_report(run, args, before, after, val, pictures, before_images, after_i
         degraded, gt = data.evaluation_pair(val[i])
         figures.append((val[i].task, degraded, before_images[i], after_images[i], gt))
     runs.plot_samples(run / "samples.png", figures)
+    rows = [row for row in runs.read_metrics(run) if "judge/failures" in row]
+    unscored = int(sum(row["judge/failures"] for row in rows))
+    judged = f" The judge left {unscored} rollouts without a score in {len(rows)} steps." if rows else ""
     what = "IRPO" if args.objective == "irpo" else "the SFT control (L1 on the deterministic output)"
     text = f"""# {what}: before and after, {len(before)} held-out images
 
 {table}
 
-Seed {args.seed}, torch {torch.__version__}, {args.device}. PSNR and SSIM by AdaIR's protocol, deterministic output of the last step.
+Seed {args.seed}, torch {torch.__version__}, {args.device}. PSNR and SSIM by AdaIR's protocol, deterministic output of the last step.{judged}
 Command: `python train.py {" ".join(args.argv)}`
 
 ![curves](curves.png)

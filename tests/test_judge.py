@@ -674,12 +674,25 @@ def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tm
         # the same --out serves once more: nothing of a run is in it
 
 
-def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path):
-    """A real allocation that fails: images of 20 MP, attention written out, 12 GB of address space."""
-    limit = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"]
-    flags = ("--min-pixels", 20_000_000, "--max-pixels", 30_000_000, "--attention", "eager")
-    judge = judges.Judge([*limit, *command("--model", tiny, *flags)], tmp_path / "log")
-    with pytest.raises(judges.JudgeError, match="could not score a first batch: out of memory"):
+@pytest.mark.parametrize("when", ["loading", "first batch"])
+def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, when):
+    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over images of 20 MP."""
+    from safetensors.torch import load_file, save_file
+
+    limit, flags, folder = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"], [], shutil.copytree(tiny, tmp_path / "judge")
+    if when == "loading":
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["vocab_size"] = 400_000_000
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = load_file(folder / "model.safetensors")
+        kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        words = "could not start: judge.py: cpu has not the memory for "
+    else:
+        flags = ["--min-pixels", 20_000_000, "--max-pixels", 30_000_000, "--attention", "eager"]
+        words = "could not score a first batch: out of memory"
+    judge = judges.Judge([*limit, *command("--model", folder, *flags)], tmp_path / "log")
+    with pytest.raises(judges.JudgeError, match=words):
         judge.start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1)
 
 
@@ -704,6 +717,8 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa
     for row in rows:
         if row["judge/failures"]:
             assert row["judge/failures"] == 4 and "rewards/qwen/mean" not in row
+    unscored = sum(row["judge/failures"] for row in rows)
+    assert f"The judge left {unscored} rollouts without a score in 10 steps." in (run / "report.md").read_text()
     terms = {row["term"]: row for row in json.loads((run / "rewards.json").read_text())}
     assert terms["qwen"]["weight"] == pytest.approx(0.1) and str(seeing) in terms["qwen"]["state"]
     assert not subprocess.run(["pgrep", "-f", str(seeing)], capture_output=True, text=True).stdout  # none is left
