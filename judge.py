@@ -33,7 +33,6 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -76,6 +75,7 @@ SCORE = re.compile(r"<Score>[ \r\n]*([1-5])[ \r\n]*</Score>")
 NO_SCORE = "the answer has no single <Score>X</Score> with X from 1 to 5"
 MAX_LINE = 1 << 26  # bytes of a request: three photographs of some 10 MP
 MAX_REPLY = 1 << 20
+DRAWN = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)  # Qwen's own settings have top_k 1
 PAUSE = 0.5  # s before a server is asked again
 START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB, a later one has 60 s and three times what the first took
 
@@ -184,8 +184,8 @@ def load(args):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        hub = "" if Path(args.model).is_dir() or not local else ": it is not on this machine, and the hub cannot be reached"
-        reason = " ".join(str(error).split())[:300]
+        hub = "" if Path(args.model).is_dir() or not local else ": the hub cannot be reached, and it is not, or not whole, on this machine"
+        reason = str(error).split("\n")[0][:300]
         raise JudgeError(f"the judge's model {args.model} cannot be loaded{hub} ({reason})") from None
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:  # transformers would fill them with random numbers
@@ -221,7 +221,7 @@ class LocalJudge:
             return self.expect(requests)
         replies = [dict(score=None)] * len(requests)
         torch.manual_seed(0)
-        for how in (dict(do_sample=False), dict(do_sample=True, temperature=0.7, top_p=0.9)):  # the likeliest words, then drawn ones
+        for how in (dict(do_sample=False), DRAWN):  # the likeliest words would be the same once more
             rows = [i for i, reply in enumerate(replies) if reply["score"] is None]
             for i, text in zip(rows, self.write([requests[i] for i in rows], **how) if rows else []):
                 score = parse_score(text)
@@ -241,7 +241,9 @@ class LocalJudge:
             hidden = self.model.model(**inputs, use_cache=False).last_hidden_state if rows is alone else self.read_group(inputs)
             hidden = hidden[:, -1]
             logits = hidden.float() @ head.weight[self.tokens].float().T  # (B, 5); in bfloat16 they would lie 0.1 apart and tie
-            p = (logits - head(hidden).float().logsumexp(dim=-1, keepdim=True)).exp()  # among all tokens
+            everything = head(hidden).float()
+            everything[:, self.tokens] = logits
+            p = (logits - everything.logsumexp(dim=-1, keepdim=True)).exp()  # among all tokens
             for i, score, row in zip(rows, expected_score(logits).tolist(), p.tolist()):
                 replies[i] = dict(score=score, p=[round(v, 4) for v in row])
         return replies
@@ -281,26 +283,37 @@ class ServerJudge:
 
     def score(self, requests):
         deadline = time.monotonic() + self.args.timeout
-        with ThreadPoolExecutor(len(requests)) as pool:
-            return list(pool.map(lambda request: self.score_one(request, deadline), requests))
+        replies = [dict(score=None, error="the server did not answer in time")] * len(requests)
+
+        def score(i):
+            replies[i] = self.score_one(requests[i], deadline)
+
+        for wait in [in_background(score, i) for i in range(len(requests))]:
+            with contextlib.suppress(JudgeError):
+                wait(deadline - time.monotonic(), "it is late")
+        return list(replies)
 
     def score_one(self, request, deadline):
         """What may pass, as a broken connection, a busy server or an answer without a score, is tried once more."""
         urls = {name: data_url(image) for name, image in request.items()}
-        for temperature, pause in ((0.0, PAUSE), (0.7, 0)):
+        body = self.body(urls)
+        for last in (False, True):
             try:
-                answer = self.call("/chat/completions", self.body(urls, temperature), deadline - time.monotonic())
-                return read_completion(answer, self.args.mode)
+                return read_completion(self.call("/chat/completions", body, deadline - time.monotonic()), self.args.mode)
             except JudgeError as error:
                 reply = dict(score=None, error=str(error))
-                time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
-        return reply
+                if last:
+                    return reply
+            body |= dict(temperature=DRAWN["temperature"], top_p=DRAWN["top_p"])
+            if "answered 400" in reply["error"]:  # perhaps it gives fewer log-probabilities, or none
+                body = {key: value for key, value in body.items() if "logprobs" not in key}
+            time.sleep(min(PAUSE, max(deadline - time.monotonic(), 0)))
 
-    def body(self, urls, temperature):
+    def body(self, urls):
         content = [dict(type="text", text=part) for part in self.parts]
         content[1::2] = [dict(type="image_url", image_url=dict(url=urls[name])) for name in self.parts[1::2]]
         message = dict(role="user", content=[part for part in content if part.get("text") != ""])
-        body = dict(model=self.args.model, messages=[message], temperature=temperature)
+        body = dict(model=self.args.model, messages=[message], temperature=0.0)
         if self.args.mode == "logits":
             return body | dict(max_tokens=32, logprobs=True, top_logprobs=20)
         return body | dict(max_tokens=self.args.max_new_tokens)
@@ -310,11 +323,13 @@ class ServerJudge:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        content = json.dumps(body).encode() if body else None
-        request, said, end = urllib.request.Request(self.args.server.rstrip("/") + path, content, headers), b"", time.monotonic() + seconds
+        content, said, end = json.dumps(body).encode() if body else None, b"", time.monotonic() + seconds
         try:
             try:
+                request = urllib.request.Request(self.args.server.rstrip("/") + path, content, headers)
                 response = urllib.request.build_opener(NoRedirect).open(request, timeout=max(seconds, 0.1))
+            except ValueError as error:
+                raise JudgeError(f"the address or OPENAI_API_KEY cannot be sent: {error}") from None
             except urllib.error.HTTPError as error:
                 raise JudgeError(f"the server answered {error.code} {error.reason}: {error.read(300).decode(errors='replace')!r}") from None
             with response:
@@ -324,7 +339,8 @@ class ServerJudge:
         except (OSError, http.client.HTTPException) as error:
             raise JudgeError(f"the connection failed: {error}") from None
         except (ValueError, RecursionError):
-            raise JudgeError("the server's answer is not JSON, or too long, or took too long") from None
+            late = time.monotonic() >= end
+            raise JudgeError("the server did not answer in time" if late else "the server's answer is not JSON") from None
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -339,7 +355,8 @@ def read_completion(answer, mode):
     try:
         choice = answer["choices"][0]
         text, tokens = choice["message"]["content"], (choice.get("logprobs") or {}).get("content")
-        score = score_from_logprobs(tokens) if tokens and mode == "logits" else parse_score(text)
+        score = score_from_logprobs(tokens) if tokens and mode == "logits" else None
+        score = score or parse_score(text)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise JudgeError("the server's answer is no chat completion") from None
     if score is None:
@@ -433,7 +450,9 @@ def score_lines(judge, lines):
 
 
 def is_out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    )
 
 
 def end_with(parent):
@@ -529,8 +548,10 @@ class Judge:
     def start(self, degraded, gt, group_size):
         """Starts it and has it score a first batch: what cannot work should fail before the training. Raises JudgeError."""
         self.launch()
-        scores = self.ask(degraded, degraded.repeat_interleave(group_size, dim=0), gt)()
-        if not scores.isfinite().any():
+        wait = self.ask(degraded, degraded.repeat_interleave(group_size, dim=0), gt)
+        with contextlib.suppress(JudgeError):  # patience 1 ends at once
+            wait()
+        if self.failed_in_a_row:
             self.close()
             raise JudgeError(f"the judge could not score a first batch: {self.problem}; its log is {self.log}")
 
@@ -556,6 +577,8 @@ class Judge:
         sent = time.perf_counter()
 
         def scores():
+            if y.is_cuda:
+                torch.cuda.synchronize(y.device)  # the other rewards are under way: what they take is not waiting
             waiting = time.perf_counter()
             try:
                 if wait:
@@ -596,7 +619,8 @@ class Judge:
         except (JudgeError, OSError) as error:
             self.close()
             raise JudgeError(f"the judge could not start: {error}; its log is {self.log}") from None
-        self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
+        if self.starts == 1:
+            self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
 
     def talk(self, process, requests, replies):
         """Sends requests as one batch and fills replies, {id: reply}. Raises JudgeError."""
@@ -630,7 +654,7 @@ class Judge:
             words = log.read().decode(errors="replace").split("\n")
             said = next((line.strip()[-400:] for line in reversed(words) if line.strip()), said)
         killed = f"signal {-code} ended it" + (", as the kernel does when memory runs out" if code == -signal.SIGKILL else "")
-        raise JudgeError(killed if code < 0 else f"{said} (exit code {code})")
+        raise JudgeError(killed if code < 0 else said.removeprefix("judge.py: ") if code == 2 else f"{said} (exit code {code})")
 
     def close(self):
         """Ends it at once: there is nothing to save."""

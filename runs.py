@@ -103,8 +103,9 @@ def device(text):
     """An argparse type: a device that works here."""
     try:
         torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; cpu always is") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine that can be used ({reason}); cpu always is") from None
     return text
 
 

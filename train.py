@@ -41,6 +41,13 @@ PRESETS = {
 }
 
 
+# What the judge's flags are unless given; a resumed run takes those that are.
+JUDGE = dict(
+    judge="none", judge_model=None, judge_device=None, judge_mode="logits", judge_prompt=None, judge_args=None,
+    judge_timeout=60.0, judge_patience=5,
+)  # fmt: skip
+
+
 def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judge=None):
     """Forward and backward of one IRPO step; gradients are left in the parameters.
 
@@ -598,6 +605,8 @@ def post_train_parser():
         if key in demo:
             shown = f"(default: {demo[key]}; preset paper: {paper[key]})"
             default = argparse.SUPPRESS
+        elif key in JUDGE:
+            shown = "" if JUDGE[key] is None else f"(default: {JUDGE[key]})"
         else:
             shown = "" if default is None else f"(default: {default})"
         rest |= {"type": type} if type else {}
@@ -633,14 +642,14 @@ def post_train_parser():
     add("--kl", "sample", "Eq. 11, or the closed form", choices=("sample", "exact"))
     add("--inner-epochs", 1, "updates of the heads per group; above 1 the clip can bind", runs.number(int, 1))
     add("--rewards", None, "terms of Eq. 22: default, paper, or a list as psnr,ssim=0.3,task")
-    add("--judge", "none", "R_qwen's judge, Appendix B.2: Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1")
-    add("--judge-model", None, "what a server calls the judge's model")
-    add("--judge-device", None, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
-    add("--judge-mode", "logits", "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
-    add("--judge-prompt", None, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
-    add("--judge-args", None, "further flags of judge.py, quoted: '--min-pixels 50176 --dtype fp16'", shlex.split)
-    add("--judge-timeout", 60.0, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
-    add("--judge-patience", 5, "failures in a row after which the run stops", runs.number(int, 1))
+    add("--judge", argparse.SUPPRESS, "R_qwen's judge, Appendix B.2: Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1")
+    add("--judge-model", argparse.SUPPRESS, "what a server calls the judge's model")
+    add("--judge-device", argparse.SUPPRESS, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
+    add("--judge-mode", argparse.SUPPRESS, "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
+    add("--judge-prompt", argparse.SUPPRESS, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
+    add("--judge-args", argparse.SUPPRESS, "further flags of judge.py, quoted: '--min-pixels 50176 --dtype fp16'", shlex.split)
+    add("--judge-timeout", argparse.SUPPRESS, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
+    add("--judge-patience", argparse.SUPPRESS, "failures in a row after which the run stops", runs.number(int, 1))
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
     add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
     add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
@@ -685,11 +694,13 @@ def parse(argv):
         config = Path(args.resume) / "config.json"
         if not config.exists():
             parser.error(f"{args.resume} is no run folder: it has no config.json")
-        stored = {**vars(args), **PRESETS["demo"], **runs.load_json(config), "resume": args.resume}
-        judge = {k: v for k, v in vars(args).items() if k.startswith("judge") and v != parser.get_default(k)}
-        if judge and stored["judge"] == "none":
-            parser.error(f"{args.resume} began without a judge: with one its reward would change")
-        stored |= judge
+        stored = {**vars(args), **JUDGE, **PRESETS["demo"], **runs.load_json(config), "resume": args.resume}
+        judge = {k: v for k, v in vars(args).items() if k in JUDGE}
+        if judge and (stored["judge"] == "none") != (judge.get("judge", stored["judge"]) == "none"):
+            parser.error(f"{args.resume} keeps its reward: a run cannot gain or lose its judge")
+        if "judge" in judge and not is_url(judge["judge"]):
+            judge.setdefault("judge_model", None)  # that of a server
+        stored = check_judge(parser, {**stored, **judge})
         try:
             runs.device(stored["device"])
         except argparse.ArgumentTypeError as error:
@@ -704,18 +715,23 @@ def parse(argv):
         parser.error("--steps and --epochs are both 0: nothing would be trained")
     if args.objective == "sft" and args.freeze_backbone:
         parser.error("--objective sft with --freeze-backbone would train nothing")
+    args = argparse.Namespace(**check_judge(parser, {**JUDGE, **vars(args)}))
     if args.objective == "sft" and args.judge != "none":
         parser.error("--objective sft has no reward: leave --judge out")
-    if is_url(args.judge) != bool(args.judge_model):
-        parser.error("--judge-model names the model of a server: it goes with --judge http://… and only with that")
-    if Path(args.judge).is_dir():
-        args.judge = str(Path(args.judge).resolve())
     args.init = str(Path(args.init).resolve())  # so that --resume and eval.py work from any folder
-    for key in ("data_root", "weights_dir", "judge_prompt"):
+    for key in ("data_root", "weights_dir"):
         setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).resolve()))
     args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
     args.argv = argv
     return args
+
+
+def check_judge(parser, settings):
+    """The settings with the judge's paths made absolute; ends the program if its flags contradict each other."""
+    if is_url(settings["judge"]) != bool(settings["judge_model"]):
+        parser.error("--judge-model names the model of a server: it goes with --judge http://… and only with that")
+    paths = {"judge": Path(settings["judge"]).is_dir(), "judge_prompt": settings["judge_prompt"]}
+    return settings | {key: str(Path(settings[key]).resolve()) for key, is_path in paths.items() if is_path}
 
 
 def main(argv):

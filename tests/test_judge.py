@@ -203,6 +203,7 @@ def test_bfloat16_does_not_round_scores_to_ties(seeing):
     scores = [reply["score"] for reply in rounded.score(requests)]
     np.testing.assert_allclose(scores, [reply["score"] for reply in exact.score(requests)], atol=0.02)
     assert len(set(scores)) == 4
+    assert all(0.9 < sum(reply["p"]) < 1.0005 for reply in rounded.score(requests))
 
 
 def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
@@ -246,7 +247,7 @@ def test_a_model_that_is_nowhere(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     begun = time.perf_counter()
-    with pytest.raises(judges.JudgeError, match="no-such/model cannot be loaded: .* the hub cannot be reached"):
+    with pytest.raises(judges.JudgeError, match="no-such/model cannot be loaded: the hub cannot be reached"):
         judges.LocalJudge(options("no-such/model"))
     with pytest.raises(judges.JudgeError, match="my model cannot be loaded"):
         judges.LocalJudge(options("my model"))
@@ -263,6 +264,8 @@ def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
     replies = judge.score([trio(0), trio(1)])
     assert [reply["score"] for reply in replies] == [None, None] and "no single <Score>" in replies[0]["error"]
     assert [n for n, _ in tries] == [2, 2] and [s["do_sample"] for _, s in tries] == [False, True]
+    judge.args.max_new_tokens, requests = 20, [trio(0)] * 12
+    assert len(set(write(requests, do_sample=False))) == 1 < len(set(write(requests, **judges.DRAWN)))
 
 
 # ------------------------------------------------------------------------------------------- the program by itself
@@ -610,6 +613,8 @@ def test_a_server_gets_labelled_images_and_gives_an_expectation(server, monkeypa
 
 def test_a_server_without_logprobs_and_one_that_writes(server):
     assert served(server).score([trio(0)] * 3)[2]["score"] == 4
+    server.behave = lambda n: completion("<Score>5</Score>", logprobs(("token_id:27", 1.0, {}), ("token_id:20", 1.0, {})))
+    assert served(server).score([trio(0)])[0]["score"] == 5  # tokens that do not make up the text
     text = "<Assessment>\n<Analysis>dunkel</Analysis>\n<Score>2</Score>\n</Assessment>"
     server.behave = lambda n: completion(text, WITH_LOGPROBS)
     assert served(server, "--mode", "generate").score([trio(0)]) == [dict(score=2, text=text)]
@@ -644,6 +649,7 @@ def test_what_a_server_does_wrong_is_tried_once_more(server, monkeypatch, first,
 def test_a_server_that_refuses_or_is_slow(server):
     server.behave = lambda n: 400
     assert "400" in served(server).score([trio(0)])[0]["error"]
+    assert ["logprobs" in body for _, body, _ in server.seen] == [True, False]  # perhaps it was these it would not give
     for how in ("slow", "stall", "drip"):
         server.behave = lambda n: how  # noqa: B023
         begun = time.perf_counter()
@@ -651,11 +657,16 @@ def test_a_server_that_refuses_or_is_slow(server):
         assert time.perf_counter() - begun < 2.8 and not any(reply["score"] for reply in replies), how
 
 
-def test_a_server_that_is_not_there_or_has_another_model(server):
+def test_a_server_that_is_not_there_or_has_another_model(server, monkeypatch):
     with pytest.raises(judges.JudgeError, match="has no model gpt; it serves qwen"):
         judges.ServerJudge(options("gpt", "--server", server.url))
     with pytest.raises(judges.JudgeError, match="no OpenAI-compatible server answers at http://127.0.0.1:9/v1"):
         judges.ServerJudge(options("qwen", "--server", "http://127.0.0.1:9/v1"))
+    with pytest.raises(judges.JudgeError, match="cannot be sent"):
+        judges.ServerJudge(options("qwen", "--server", "http://[::1"))
+    monkeypatch.setenv("OPENAI_API_KEY", "key\n")
+    with pytest.raises(judges.JudgeError, match="OPENAI_API_KEY cannot be sent"):
+        served(server)
     done, _ = run_judge("", "--model", "qwen", "--server", "localhost/v1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "begins with http://" in done.stderr
 
@@ -687,7 +698,7 @@ def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, whe
         tensors = load_file(folder / "model.safetensors")
         kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        words = "could not start: judge.py: cpu has not the memory for "
+        words = "could not start: cpu has not the memory for "
     else:
         flags = ["--min-pixels", 20_000_000, "--max-pixels", 30_000_000, "--attention", "eager"]
         words = "could not score a first batch: out of memory"
@@ -738,8 +749,9 @@ def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server,
     rows = metrics(tmp_path / "run")
     assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0]["rewards/qwen/mean"] == pytest.approx(0.75)
     server.behave = good
-    assert "began without" not in fails(capsys, train.main, ["--resume", tmp_path / "run", "--judge-model", "gpt"])
-    assert train.main(["--resume", str(tmp_path / "run"), "--judge-timeout", "15"]) is None
+    assert "has no model gpt" in fails(capsys, train.main, ["--resume", tmp_path / "run", "--judge-model", "gpt"])
+    assert train.main(["--resume", str(tmp_path / "run"), "--judge-model", "qwen", "--judge-timeout", "60"]) is None
+    assert json.loads((tmp_path / "run/config.json").read_text())["judge_timeout"] == 60
     assert [row["judge/failures"] for row in metrics(tmp_path / "run")] == [0, 0, 0, 4, 0, 0, 0, 0, 0, 0]
 
 
@@ -786,6 +798,19 @@ def test_impossible_judges_are_one_sentence(small, capsys, flags, words):  # noq
     assert words in fails(capsys, train.main, small("run", *flags))
 
 
+def test_a_resumed_run_keeps_its_kind_of_judge(tmp_path, capsys):
+    """A config.json as it was before there were judges, and one of a server's run that goes on with a judge of its own."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(device="cpu")))
+    assert "cannot gain or lose its judge" in fails(capsys, train.main, ["--resume", tmp_path, "--judge", "x"])
+    config.write_text(json.dumps(dict(device="cpu", judge="http://h/v1", judge_model="qwen", judge_mode="generate", judge_timeout=9)))
+    assert "cannot gain or lose its judge" in fails(capsys, train.main, ["--resume", tmp_path, "--judge", "none"])
+    args = train.parse(["--resume", str(tmp_path), "--judge", str(tmp_path), "--judge-mode", "logits", "--judge-timeout", "60"])
+    assert (args.judge, args.judge_model, args.judge_mode, args.judge_timeout) == (str(tmp_path), None, "logits", 60)
+    config.write_text(json.dumps(dict(device="cpu", judge="m")))
+    assert "--judge-model" in fails(capsys, train.main, ["--resume", tmp_path, "--judge", "http://h/v1"])
+
+
 @pytest.mark.parametrize(
     "device, world, rank, wanted",
     [("cpu", 1, 0, "cpu"), ("cuda", 1, 0, "cuda:1"), ("cuda:1", 1, 0, "cuda:0"), ("cuda:0", 2, 0, "cuda:2"), ("cuda:1", 2, 1, "cuda:3")],
@@ -795,8 +820,8 @@ def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wan
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     assert train.judge_device(device) == wanted
-    args = train.post_train_parser().parse_args(["--judge", "m", "--out", "run", "--judge-args", "--min-pixels 784"])
-    args.device, args.batch_size = device, 1
+    args = train.parse(["--judge", "m", "--out", "run", "--judge-args", "--min-pixels 784"])
+    args.device = device
     with train.judge_of(args) as judge:
         assert judge.command[judge.command.index("--device") + 1] == wanted and judge.command[-2:] == ["--min-pixels", "784"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -73,6 +73,7 @@ def build(folder, images=False):
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1  # as Qwen2.5-VL's own
     write_weights(model, tokenizer, images)
     model.save_pretrained(folder)
     processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
