@@ -289,8 +289,8 @@ class ServerJudge:
             replies[i] = self.score_one(requests[i], deadline)
 
         for wait in [in_background(score, i) for i in range(len(requests))]:
-            with contextlib.suppress(JudgeError):
-                wait(deadline - time.monotonic(), "it is late")
+            with contextlib.suppress(JudgeError):  # late: the reply above stands
+                wait(deadline - time.monotonic(), "")
         return list(replies)
 
     def score_one(self, request, deadline):
@@ -378,13 +378,14 @@ def read_image(source):
     """A path or data URL as uint8 (3, H, W). Raises DataError."""
     if not isinstance(source, str):
         raise data.DataError("an image must be a path or a data URL")
-    file = source
     if source.startswith("data:"):
         try:
-            file = io.BytesIO(base64.b64decode(source.partition(";base64,")[2], validate=True))
-        except ValueError:
-            raise data.DataError(f"the image {source[:40]}… is not base64") from None
-    image = (data.read_image(file) * 255).round().byte()
+            image = data.read_image(io.BytesIO(base64.b64decode(source.partition(";base64,")[2], validate=True)))
+        except ValueError:  # of base64, or DataError, which would not name the image
+            raise data.DataError(f"the data URL {source[:40]}… does not hold an image in base64") from None
+    else:
+        image = data.read_image(source)
+    image = (image * 255).round().byte()
     if max(image.shape[1:]) > 200 * min(image.shape[1:]):
         raise data.DataError(f"an image of {image.shape[2]}×{image.shape[1]} px is too narrow for the model")
     return image

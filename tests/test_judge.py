@@ -330,7 +330,8 @@ def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
 def test_what_is_no_image_is_an_error_of_its_line(image):
     line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
     (reply,) = judges.score_lines(None, [(2, line)])
-    assert reply["id"] == "a" and reply["score"] is None and reply["error"].startswith("line 2: ")
+    words = "an image must be a path or a data URL" if image == 5 else f"the data URL {image}… does not hold an image in base64"
+    assert reply == dict(id="a", score=None, error=f"line 2: {words}")
 
 
 # ------------------------------------------------------------------------------- the trainer's side, with real processes
