@@ -198,7 +198,7 @@ def post_train(args, judge=None):
     if judge:
         start_judge(judge, val[0], args)
     if reward:
-        described = rewards.describe_terms(terms, judge and f"{args.judge} {args.judge_model or ''}, {args.judge_mode}")
+        described = rewards.describe_terms(terms, judge and f"{args.judge_model or args.judge}, {args.judge_mode}")
         print_terms(described)
         runs.save_json(run / "rewards.json", described)
     runs.save_json(run / "config.json", vars(args))
