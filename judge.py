@@ -166,11 +166,13 @@ def is_hub_reachable(name):
 
 def load(args):
     """(model, processor) of a local folder or hub name, as --dtype, --device, --attention say. Raises JudgeError."""
-    import transformers
-
+    if Path(args.model).is_dir() and not list(Path(args.model).glob("*.safetensors")):
+        raise JudgeError(f"the folder {args.model} holds no weights of a model (*.safetensors)")
     if not Path(args.model).is_dir() and (args.model[0] in "/.~" or args.model.count("/") > 1):
         raise JudgeError(f"there is no folder {args.model} with a judge's model")
     local = Path(args.model).is_dir() or not is_hub_reachable(args.model)
+    import transformers  # here: it takes seconds, and what is wrong so far shows before
+
     try:
         processor = transformers.AutoProcessor.from_pretrained(args.model, local_files_only=local, padding_side="left")
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(

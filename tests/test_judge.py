@@ -29,6 +29,7 @@ import rewards
 import runs
 import train
 
+SMALL = ("--min-pixels", "3136")  # 4 tokens of an image, instead of 256
 EXPECTED = sum(k * p for k, p in enumerate(tiny_judge.P, 1))  # 3.7, see tiny_judge
 
 
@@ -170,7 +171,7 @@ def test_the_prompt_asks_what_the_paper_asks(tmp_path):
 
 def test_padding_and_batches_change_no_score(seeing):
     """Requests of three sizes in one batch, so that two are padded on the left, against each by itself."""
-    judge = judges.LocalJudge(options(seeing, "--min-pixels", "3136"))
+    judge = judges.LocalJudge(options(seeing, *SMALL))
     requests = [trio(0, 64, 64), trio(1, 140, 90), trio(2, 30, 200)]
     mask = judge.inputs(requests, judge.chat)["attention_mask"]
     assert (mask[:, -1] == 1).all() and (mask[:, 0] == 0).sum() == 2
@@ -182,7 +183,7 @@ def test_padding_and_batches_change_no_score(seeing):
 
 def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
     """A group, with a repeated image, among single requests of which two are alike, against each by itself."""
-    judge = judges.LocalJudge(options(seeing, "--min-pixels", "3136"))
+    judge = judges.LocalJudge(options(seeing, *SMALL))
     requests = [dict(trio(i), restored=trio(j)["restored"]) for i, j in ((0, 1), (2, 5), (2, 0), (2, 5), (0, 2), (1, 1), (3, 3))]
     alone = [judge.score([request])[0]["score"] for request in requests]
     sizes, read_group = [], judge.read_group
@@ -195,7 +196,7 @@ def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
 
 def test_bfloat16_does_not_round_scores_to_ties(seeing):
     """As on a GPU: hidden states have 8 bits, but the expectation must not."""
-    args = options(seeing, "--min-pixels", "3136")
+    args = options(seeing, *SMALL)
     exact = judges.LocalJudge(args)
     args.dtype = "bf16"
     rounded = judges.LocalJudge(args)
@@ -208,7 +209,7 @@ def test_bfloat16_does_not_round_scores_to_ties(seeing):
 
 def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
     (tmp_path / "prompt.txt").write_text("restored: <restored> truth: <gt> before: <degraded> <format>")
-    judge = judges.LocalJudge(options(seeing, "--prompt", str(tmp_path / "prompt.txt"), "--min-pixels", "3136"))
+    judge = judges.LocalJudge(options(seeing, "--prompt", str(tmp_path / "prompt.txt"), *SMALL))
     judge.read_group = None  # restored comes first: nothing to share
     assert all(reply["score"] for reply in judge.score([trio(0), dict(trio(0), restored=trio(1)["gt"])]))
     levels = dict(gt=10, degraded=100, restored=200)
@@ -288,7 +289,7 @@ def test_the_program_scores_json_lines(tiny, tmp_path, mode):
     lines = [dict(id=i, **(files if i % 2 else urls)) for i in range(6)]
     lines[3]["restored"] = str(tmp_path / "no.png")
     text = "\n".join(map(json.dumps, lines)) + "\nno JSON\n" + '{"id": 7}\n'
-    done, replies = run_judge(text, "--model", tiny, "--mode", mode, "--batch-size", 4)
+    done, replies = run_judge(text, "--model", tiny, "--mode", mode, "--batch-size", 4, *SMALL)
     assert [r["id"] for r in replies] == [0, 1, 2, 3, 4, 5, None, None] and done.returncode == 1
     scored = [r for r in replies if r["score"] is not None]
     assert len(scored) == 5 and "5 scored, 3 not" in done.stderr
@@ -359,19 +360,13 @@ def gone(pid, seconds=10):
     return False
 
 
-def test_killed_and_hanging_judges_are_started_again(tiny, tmp_path):
-    judge = judges.Judge(command("--model", tiny), tmp_path / "log", timeout=30)
+def test_the_real_judge_scores_batches_and_is_not_waited_for_when_it_hangs(tiny, tmp_path):
+    judge = judges.Judge(command("--model", tiny, *SMALL), tmp_path / "log", timeout=30)
     try:
         judge.start(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 2)
         scores = ask(judge, b=2, g=2)()
         torch.testing.assert_close(scores, torch.full((2, 2), EXPECTED), atol=1e-4, rtol=0)
         assert judge.metrics["judge/latency"] + 0.05 > judge.metrics["judge/wait"] >= 0 and judge.metrics["judge/failures"] == 0
-
-        pid = judge.process.pid
-        waiting = ask(judge, b=2, g=2)
-        os.kill(pid, signal.SIGKILL)
-        assert waiting().isnan().all() and "signal 9" in str(judge.problem) and judge.metrics["judge/failures"] == 4
-        assert ask(judge)().isfinite().all() and judge.starts == 2 and judge.failed_in_a_row == 0
 
         os.kill(judge.process.pid, signal.SIGSTOP)  # it hangs
         judge.timeout, begun = 1.5, time.perf_counter()
@@ -464,6 +459,17 @@ def test_after_a_hang_it_is_started_again_however_long_that_takes(tmp_path):
         assert judge.metrics["judge/wait"] > 3 > judge.metrics["judge/latency"]
         judge.timeout = 30
         assert ask(judge, g=64, size=64)().tolist() == [[2.5] * 64]  # requests and replies both larger than a pipe holds
+    finally:
+        judge.close()
+
+
+def test_after_a_kill_it_is_started_again(tmp_path):
+    judge = judges.Judge([sys.executable, "-c", LIFE, str(tmp_path / "lives"), "0"], tmp_path / "log", timeout=20)
+    try:
+        waiting = ask(judge, b=2, g=2)
+        os.kill(judge.process.pid, signal.SIGKILL)
+        assert waiting().isnan().all() and "signal 9 ended it" in str(judge.problem) and judge.metrics["judge/failures"] == 4
+        assert ask(judge)().tolist() == [[2.5, 2.5]] and judge.starts == 2 and judge.failed_in_a_row == 0
     finally:
         judge.close()
 
@@ -678,7 +684,7 @@ def test_a_server_that_is_not_there_or_has_another_model(server, monkeypatch):
 def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "judge")
     (tmp_path / "judge/model.safetensors").unlink()
-    for flags, words in (([], "no file named model.safetensors"), (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine")):
+    for flags, words in (([], "holds no weights"), (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine")):
         begun = time.perf_counter()
         message = fails(capsys, train.main, small("run", "--judge", tmp_path / "judge", *flags))
         assert "the judge could not start" in message and words in message and time.perf_counter() - begun < 60
@@ -688,7 +694,7 @@ def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tm
 
 @pytest.mark.parametrize("when", ["loading", "first batch"])
 def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, when):
-    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over images of 20 MP."""
+    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over images of 8 MP."""
     from safetensors.torch import load_file, save_file
 
     limit, flags, folder = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"], [], shutil.copytree(tiny, tmp_path / "judge")
@@ -701,7 +707,7 @@ def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, whe
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         words = "could not start: cpu has not the memory for "
     else:
-        flags = ["--min-pixels", 20_000_000, "--max-pixels", 30_000_000, "--attention", "eager"]
+        flags = ["--min-pixels", 8_000_000, "--max-pixels", 9_000_000, "--attention", "eager"]
         words = "could not score a first batch: out of memory"
     judge = judges.Judge([*limit, *command("--model", folder, *flags)], tmp_path / "log")
     with pytest.raises(judges.JudgeError, match=words):
@@ -711,7 +717,7 @@ def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, whe
 def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa: F811
     """The real program beside the real trainer, killed in the middle."""
     run = tmp_path / "run"
-    process = start(small("run", "--judge", seeing, "--judge-timeout", 30))
+    process = start(small("run", "--judge", seeing, "--judge-timeout", 30, "--judge-args", " ".join(SMALL)))
     try:
         while process.poll() is None and len(metrics_so_far(run)) < 2:
             time.sleep(0.05)
