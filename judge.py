@@ -166,11 +166,12 @@ def is_hub_reachable(name):
 
 def load(args):
     """(model, processor) of a local folder or hub name, as --dtype, --device, --attention say. Raises JudgeError."""
-    if Path(args.model).is_dir() and not list(Path(args.model).glob("*.safetensors")):
+    folder = Path(args.model).is_dir()
+    if folder and not list(Path(args.model).glob("*.safetensors")):
         raise JudgeError(f"the folder {args.model} holds no weights of a model (*.safetensors)")
-    if not Path(args.model).is_dir() and (args.model[0] in "/.~" or args.model.count("/") > 1):
+    if not folder and (args.model[0] in "/.~" or args.model.count("/") > 1):
         raise JudgeError(f"there is no folder {args.model} with a judge's model")
-    local = Path(args.model).is_dir() or not is_hub_reachable(args.model)
+    local = folder or not is_hub_reachable(args.model)
     import transformers  # here: it takes seconds, and what is wrong so far shows before
 
     try:
@@ -186,7 +187,7 @@ def load(args):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        hub = "" if Path(args.model).is_dir() or not local else ": the hub cannot be reached, and it is not, or not whole, on this machine"
+        hub = "" if folder or not local else ": the hub cannot be reached, and it is not, or not whole, on this machine"
         reason = str(error).split("\n")[0][:300]
         raise JudgeError(f"the judge's model {args.model} cannot be loaded{hub} ({reason})") from None
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
@@ -468,6 +469,10 @@ def end_with(parent):
             sys.exit("the process that started the judge is gone")
 
 
+def is_url(text):
+    return text.startswith(("http://", "https://"))
+
+
 def parser():
     p = runs.Parser(prog="judge.py", description=__doc__, formatter_class=runs.HelpFormatter)
     gpu = torch.cuda.is_available()
@@ -492,7 +497,7 @@ def main(argv):
     args = p.parse_args(argv)
     if args.min_pixels > args.max_pixels:
         p.error("--min-pixels is above --max-pixels")
-    if args.server and not args.server.startswith(("http://", "https://")):
+    if args.server and not is_url(args.server):
         p.error(f"--server {args.server} is no address: it begins with http:// or https://")
     args.dtype = args.dtype or ("bf16" if runs.on_gpu(args.device) else "fp32")
     replies = os.fdopen(os.dup(1), "w")

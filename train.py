@@ -322,7 +322,7 @@ def judge_of(args):
     command = [sys.executable, judges.__file__, "--parent", str(os.getpid()), "--mode", args.judge_mode, "--batch-size", batch]
     if args.judge_prompt:
         command += ["--prompt", args.judge_prompt]
-    if is_url(args.judge):  # a little less time than we wait for it, so that it can say which request failed
+    if judges.is_url(args.judge):  # a little less time than we wait for it, so that it can say which request failed
         command += ["--server", args.judge, "--model", args.judge_model, "--timeout", str(0.9 * args.judge_timeout), "--device", "cpu"]
     else:
         command += ["--model", args.judge, "--device", args.judge_device or judge_device(args.device)]
@@ -332,10 +332,6 @@ def judge_of(args):
         yield judge
     finally:
         judge.close()
-
-
-def is_url(text):
-    return text.startswith(("http://", "https://"))
 
 
 def judge_device(device):
@@ -607,6 +603,7 @@ def post_train_parser():
             default = argparse.SUPPRESS
         elif key in JUDGE:
             shown = "" if JUDGE[key] is None else f"(default: {JUDGE[key]})"
+            default = argparse.SUPPRESS
         else:
             shown = "" if default is None else f"(default: {default})"
         rest |= {"type": type} if type else {}
@@ -642,14 +639,14 @@ def post_train_parser():
     add("--kl", "sample", "Eq. 11, or the closed form", choices=("sample", "exact"))
     add("--inner-epochs", 1, "updates of the heads per group; above 1 the clip can bind", runs.number(int, 1))
     add("--rewards", None, "terms of Eq. 22: default, paper, or a list as psnr,ssim=0.3,task")
-    add("--judge", argparse.SUPPRESS, "R_qwen's judge, Appendix B.2: Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1")
-    add("--judge-model", argparse.SUPPRESS, "what a server calls the judge's model")
-    add("--judge-device", argparse.SUPPRESS, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
-    add("--judge-mode", argparse.SUPPRESS, "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
-    add("--judge-prompt", argparse.SUPPRESS, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
-    add("--judge-args", argparse.SUPPRESS, "further flags of judge.py, quoted: '--min-pixels 50176 --dtype fp16'", shlex.split)
-    add("--judge-timeout", argparse.SUPPRESS, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
-    add("--judge-patience", argparse.SUPPRESS, "failures in a row after which the run stops", runs.number(int, 1))
+    add("--judge", None, "R_qwen's judge, Appendix B.2: Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1")
+    add("--judge-model", None, "what a server calls the judge's model")
+    add("--judge-device", None, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
+    add("--judge-mode", None, "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
+    add("--judge-prompt", None, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
+    add("--judge-args", None, "further flags of judge.py, quoted: '--min-pixels 50176 --dtype fp16'", shlex.split)
+    add("--judge-timeout", None, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
+    add("--judge-patience", None, "failures in a row after which the run stops", runs.number(int, 1))
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
     add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
     add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
@@ -698,7 +695,7 @@ def parse(argv):
         judge = {k: v for k, v in vars(args).items() if k in JUDGE}
         if judge and (stored["judge"] == "none") != (judge.get("judge", stored["judge"]) == "none"):
             parser.error(f"{args.resume} keeps its reward: a run cannot gain or lose its judge")
-        if "judge" in judge and not is_url(judge["judge"]):
+        if "judge" in judge and not judges.is_url(judge["judge"]):
             judge.setdefault("judge_model", None)  # that of a server
         stored = check_judge(parser, {**stored, **judge})
         try:
@@ -728,7 +725,7 @@ def parse(argv):
 
 def check_judge(parser, settings):
     """The settings with the judge's paths made absolute; ends the program if its flags contradict each other."""
-    if is_url(settings["judge"]) != bool(settings["judge_model"]):
+    if judges.is_url(settings["judge"]) != bool(settings["judge_model"]):
         parser.error("--judge-model names the model of a server: it goes with --judge http://… and only with that")
     paths = {"judge": Path(settings["judge"]).is_dir(), "judge_prompt": settings["judge_prompt"]}
     return settings | {key: str(Path(settings[key]).resolve()) for key, is_path in paths.items() if is_path}
