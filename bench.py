@@ -245,9 +245,9 @@ def our_step(args, model):
 
     def step(update=True):
         optimizer.zero_grad()
-        result = train.irpo_step(model, policy, ref, reward, batch, flags, 0.5, generator.manual_seed(args.seed))
+        result = train.irpo_step(model, policy, ref, reward, batch, flags, 0.5, [generator.manual_seed(args.seed)])
         if update:
-            train.optimizer_step(optimizer)
+            train.optimizer_step(optimizer, {}, args.batch_size)
         return result
 
     return step, (policy, ref, reward, batch, flags)
@@ -268,7 +268,7 @@ def bench_step(args):
         plain_optimizer.zero_grad()
         loss = plain_step(plain, plain_policy, ref, reward, batch, flags, 0.5, actions)
         if update:
-            train.optimizer_step(plain_optimizer)
+            train.optimizer_step(plain_optimizer, {}, args.batch_size)
         return loss
 
     loss = step_plainly(update=False).item()

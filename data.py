@@ -1,5 +1,7 @@
 """Where images come from: three sources of samples, five synthesised degradations, training crops, hard mining.
 
+    python data.py --data-root data       what is there, what is missing, what would make a run fail
+
 A `Sample` says which files an image is made of; nothing is decoded before it is needed. Whatever is random here is a
 function of (seed, image name, epoch), so a run can be repeated, resumed and split over workers without its data changing.
 """
@@ -7,12 +9,14 @@ function of (seed, image name, epoch), so a run can be repeated, resumed and spl
 import contextlib
 import hashlib
 import math
+import os
 import re
+import sys
 import threading
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +32,12 @@ IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"
 # How often AdaIR's training lists repeat an image per epoch (used without hard mining).
 ADAIR_REPEATS = {**{t: 3 for t in TASKS[:3]}, "derain": 120, "dehaze": 1, "deblur": 5, "lowlight": 20}
 PHOTO_WINDOW = 512  # px; of a larger photo in a plain folder, this much around its centre is used
+MAX_PIXELS = 2**27  # of an image: a file of a few kB may claim, and on decoding fill, any size
+
+
+def task_names(words):
+    """The tasks, in the order of TASKS, that words as ["denoise", "dehaze"] name; "denoise" stands for its three noise levels; all if None."""
+    return [t for t in TASKS if words is None or t in words or (t.startswith("denoise") and "denoise" in words)]
 
 
 class DataError(ValueError):
@@ -53,32 +63,42 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; PIL's own conversion would clip it to 8 bits
         pixels = np.asarray(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
+        if not np.isfinite(pixels).all():
+            raise ValueError("it holds values that are no numbers")
         return np.repeat(pixels.clip(0, 1)[..., None], 3, axis=-1)
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
-def read_image(path, box=()):
-    """The image at `path` as a tensor (3, H, W) in [0, 1]. Raises DataError for a file that is missing or broken."""
+@contextlib.contextmanager
+def opened(path):
+    """The image at `path`, its pixels not yet decoded. Raises DataError for a file that is missing, broken or absurdly large, also while
+    it is decoded: Pillow's many decoders fail in many ways."""
     try:
         with Image.open(path) as image:
-            pixels = to_rgb(ImageOps.exif_transpose(image).crop(box) if box else image)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it claims {image.width}×{image.height} px; more than {MAX_PIXELS >> 20} MP are not decoded")
+            yield image
     except FileNotFoundError:
         raise DataError(f"there is no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} cannot be read as an image ({reason})") from None
+
+
+def read_image(path, box=()):
+    """The image at `path` as a tensor (3, H, W) in [0, 1]. Raises DataError."""
+    with opened(path) as image:
+        pixels = to_rgb(ImageOps.exif_transpose(image).crop(box) if box else image)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def image_size(path):
     """(width, height) from the file's header alone, EXIF rotation applied. Raises DataError."""
-    try:
-        with Image.open(path) as image:
-            # Of a PNG that says nothing at its start, Pillow would decode all to look for EXIF at its end.
-            silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
-            turned = not silent and image.getexif().get(0x0112, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
+    with opened(path) as image:
+        # Of a PNG that says nothing at its start, Pillow would decode all to look for EXIF at its end.
+        silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
+        turned = not silent and image.getexif().get(0x0112, 1) >= 5
+        return image.size[::-1] if turned else image.size
 
 
 # ------------------------------------------------------------------------------------------------- degradations
@@ -223,94 +243,143 @@ def _size_problem(sample, degraded, gt):
 
 def natural(path):
     """Sort key under which 2 comes before 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path)
+
+
+def walk(folder):
+    """os.walk through links, too, but into no folder twice."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if (real := os.path.realpath(os.path.join(parent, f))) not in seen and not seen.add(real)]
+        yield parent, folders, files
 
 
 def images_in(folder, recursive=False):
-    """The image files of a folder, naturally sorted; none if there is no such folder."""
-    found = Path(folder).glob("**/*" if recursive else "*")
-    return sorted((p for p in found if p.suffix.lower() in IMAGE_TYPES and not p.name.startswith(".")), key=natural)
+    """Paths (text) of the image files of a folder, naturally sorted; none if there is no such folder."""
+    found = []
+    for parent, _, files in walk(folder):
+        found += [os.path.join(parent, name) for name in files if os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != "."]
+        if not recursive:
+            break
+    return sorted(found, key=natural)
 
 
-def pair_up(task, degraded, clean, clean_key, root):
-    """Pairs each degraded file with the clean one whose stem is clean_key(its stem), whatever the extension.
+def stem(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def pair_up(task, degraded, clean, keys, root):
+    """Pairs each degraded file of a folder with a clean one of another, whatever the extensions: the one in the folder of the same name, or
+    right at the top, whose stem is one of keys(its own stem). degraded, clean: folders.
 
     Returns (samples, problems): what has no partner is named in `problems`.
     """
-    by_stem = {p.stem: p for p in clean}
+    truths = images_in(clean, recursive=True)
+    by_stem = {(os.path.relpath(os.path.dirname(path), clean), stem(path)): path for path in truths}
     samples, problems, used = [], [], set()
-    for path in degraded:
-        partner = by_stem.get(clean_key(path.stem))
+    for path in images_in(degraded, recursive=True):
+        parent = os.path.relpath(os.path.dirname(path), degraded)
+        wanted = [(folder, key) for key in keys(stem(path)) for folder in (parent, ".")]
+        partner = next((by_stem[key] for key in wanted if key in by_stem), None)
         if partner is None:
-            problems.append(f"{path} has no clean image {clean_key(path.stem)}.* beside it")
+            problems.append(f"{path} has no clean image {wanted[0][1]}.* in {clean}")
         else:
             used.add(partner)
-            samples.append(Sample(task, str(path.relative_to(root)), str(partner), str(path)))
-    problems += [f"{path} has no degraded image" for path in clean if path not in used]
+            samples.append(Sample(task, os.path.relpath(path, root), partner, path))
+    problems += [f"{path} has no degraded image" for path in truths if path not in used]
     return samples, problems
 
 
-def list_adair_train(root):
+# How AdaIR's folders name the partner: what a degraded file's stem says of the clean one's.
+TRAIN_FOLDERS = (
+    ("derain", "Derain/rainy", "Derain/gt", lambda stem: ["no" + stem]),
+    ("dehaze", "Dehaze/synthetic", "Dehaze/original", lambda stem: [stem.split("_")[0]]),
+    ("deblur", "Deblur/blur", "Deblur/sharp", lambda stem: [stem]),
+    ("lowlight", "Enhance/low", "Enhance/gt", lambda stem: [stem]),
+)
+TEST_FOLDERS = {
+    "derain": ("derain", lambda stem: [stem, "no" + stem]),
+    "dehaze": ("dehaze", lambda stem: [stem.split("_")[0]]),
+    "deblur": ("deblur", lambda stem: [stem]),
+    "enhance": ("lowlight", lambda stem: [stem]),
+}
+
+
+def list_adair_train(root, tasks=TASKS):
     """AdaIR's training folders under root/Train. Returns (samples, problems)."""
-    train = Path(root) / "Train"
-    clean = images_in(train / "Denoise", recursive=True)
-    samples = [Sample(task, str(p.relative_to(root)), str(p)) for task in TASKS[:3] for p in clean]
+    train = os.path.join(root, "Train")
+    clean = images_in(os.path.join(train, "Denoise"), recursive=True) if {*TASKS[:3]} & {*tasks} else []
+    names = [os.path.relpath(path, root) for path in clean]
+    samples = [Sample(task, *pair) for task in TASKS[:3] if task in tasks for pair in zip(names, clean)]
     problems = []
-    for task, degraded, gt, key in (
-        ("derain", "Derain/rainy", "Derain/gt", lambda stem: "no" + stem),
-        ("dehaze", "Dehaze/synthetic", "Dehaze/original", lambda stem: stem.split("_")[0]),
-        ("deblur", "Deblur/blur", "Deblur/sharp", str),
-        ("lowlight", "Enhance/low", "Enhance/gt", str),
-    ):
-        found = pair_up(task, images_in(train / degraded, recursive=True), images_in(train / gt), key, root)
-        samples, problems = samples + found[0], problems + found[1]
+    for task, degraded, gt, keys in TRAIN_FOLDERS:
+        if task in tasks:
+            found = pair_up(task, os.path.join(train, degraded), os.path.join(train, gt), keys, root)
+            samples, problems = samples + found[0], problems + found[1]
     if not samples:
         raise DataError(f"{train} holds no pairs in AdaIR's layout (Denoise/, Derain/rainy + gt/, …; see the README)")
     return samples, problems
 
 
-def list_adair_test(root, only=None):
-    """AdaIR's test sets under root/test, and any other folder under root that holds input/ and target/.
-
-    only: names of the sets to list, all by default. Returns {set name: samples}; clean denoising sets appear once per σ.
-    Raises DataError for a pair without a partner in one of them, and for a set that is not there.
-    """
-    root, sets, problems = Path(root), {}, {}
+def find_adair_test(root):
+    """AdaIR's test sets under root/test, and any other folder under root that holds input/ and target/, as
+    {set name: (samples, problems)}; clean denoising sets appear once per σ."""
+    root, sets = Path(root), {}
     for folder in sorted(p for p in (root / "test" / "denoise").glob("*") if p.is_dir()):
+        clean = images_in(folder)
         for task in TASKS[:3]:
-            samples = [Sample(task, str(p.relative_to(root)), str(p)) for p in images_in(folder)]
-            sets[f"{folder.name} σ={task.removeprefix('denoise')}"] = samples
-    kinds = {"derain": "derain", "dehaze": "dehaze", "deblur": "deblur", "enhance": "lowlight"}
-    for inputs in sorted(root.glob("**/input")):
-        folder = inputs.parent
+            samples = [Sample(task, os.path.relpath(path, root), path) for path in clean]
+            sets[f"{folder.name} σ={task.removeprefix('denoise')}"] = samples, []
+    holding_input = (Path(parent) for parent, folders, _ in walk(root) if "input" in folders)
+    for folder in sorted(holding_input):
         parts = folder.relative_to(root).parts
-        kind = kinds.get(parts[1]) if len(parts) > 1 and parts[0] == "test" else None
-        name = parts[-1] if parts else root.name
+        name = parts[-1] if parts else root.resolve().name
         name = "/".join(parts) if name in sets else name
-        task = kind or name
-        key = (lambda stem: stem.split("_")[0]) if kind == "dehaze" else str
-        sets[name], found = pair_up(task, images_in(inputs), images_in(folder / "target"), key, root)
-        problems[name] = found
-    unknown = [name for name in only or () if name not in sets]
+        kind = parts[1] if len(parts) > 1 and parts[0] == "test" else None
+        task, keys = TEST_FOLDERS.get(kind, (name, lambda stem: [stem]))
+        sets[name] = pair_up(task, folder / "input", folder / "target", keys, root)
+    return sets
+
+
+def list_adair_test(root, only=None):
+    """The test sets of `find_adair_test` that are called `only`, all by default: {set name: samples}. Raises DataError for a pair without
+    a partner in one of them, and for a set that is not there."""
+    found = find_adair_test(root)
+    unknown = [name for name in only or () if name not in found]
     if unknown:
-        raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
-    chosen = [name for name in sets if only is None or name in only]
-    broken = [problem for name in chosen for problem in problems.get(name, ())]
+        raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(found)}")
+    chosen = {name: parts for name, parts in found.items() if only is None or name in only}
+    broken = [problem for _, problems in chosen.values() for problem in problems]
     if broken:
         raise DataError(f"{broken[0]}; {len(broken)} such problem(s) under {root}, and an evaluation leaves nothing out")
-    sets = {name: sets[name] for name in chosen if sets[name]}
+    sets = {name: samples for name, (samples, _) in chosen.items() if samples}
     if not sets:
         raise DataError(f"{root} holds no test images: wanted test/denoise/SET/*, test/derain/SET/{{input,target}}, … or input/ + target/")
     return sets
 
 
-def list_photos(folder):
+def keep_listed(samples, path):
+    """The samples that a list names: a text file with one path under the data root a line. Nothing else of the list is opened. Raises DataError
+    for a line that is none of them."""
+    names, wanted = {s.name for s in samples}, set()
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
+            name = os.path.normpath(line.strip())
+            if name not in names | {"."}:
+                outside = ", which lies outside the data root" if os.path.isabs(name) or name.startswith("..") else ""
+                raise DataError(f"{path}, line {number}: {line.strip()} is no training image{outside}")
+            wanted.add(name)
+    return [s for s in samples if s.name in wanted]
+
+
+def list_photos(folder, tasks=TASKS):
     """Every photo of a plain folder (and below), once per task, all degradations synthesised. Returns (samples, problems).
 
     Raises DataError for a folder of a data set: its degraded images are no truths.
     """
-    for part in ("rainy", "synthetic", "blur", "low", "input"):
-        if folder.resolve().name == part or next(folder.glob(f"**/{part}/"), None):
+    degraded = {"rainy", "synthetic", "blur", "low", "input"}
+    for parent, folders, _ in walk(folder):
+        for part in sorted(degraded & {*folders, *([Path(folder).resolve().name] if parent == str(folder) else [])}):
             raise DataError(f"{folder} holds degraded images ({part}/) but no Train/: give AdaIR's data folder, or one of clean photos")
     samples, problems = [], []
     for path in images_in(folder, recursive=True):
@@ -322,11 +391,11 @@ def list_photos(folder):
         side_w, side_h = min(w, PHOTO_WINDOW), min(h, PHOTO_WINDOW)
         left, top = (w - side_w) // 2, (h - side_h) // 2
         box = (left, top, left + side_w, top + side_h)
-        samples += [Sample(task, str(path.relative_to(folder)), str(path), box=box) for task in TASKS]
+        samples += [Sample(task, os.path.relpath(path, folder), path, box=box) for task in tasks]
     return samples, problems
 
 
-def list_embedded(photos, tile=192):
+def list_embedded(photos, tile=192, tasks=TASKS):
     """Tiles of the photographs inside the scikit-image wheel, once per task. The motorcycle comes with its true depth."""
     import skimage.data
 
@@ -338,7 +407,7 @@ def list_embedded(photos, tile=192):
             for left in range((w % tile) // 2, w - tile + 1, tile):
                 box, name = (left, top, left + tile, top + tile), f"{path.stem}@{left},{top}"
                 depth = str(folder / "motorcycle_disp.npz") if path.stem == "motorcycle_left" else ""
-                samples += [Sample(task, name, str(path), "", box, depth if task == "dehaze" else "") for task in TASKS]
+                samples += [Sample(task, name, str(path), "", box, depth if task == "dehaze" else "") for task in tasks]
     return samples
 
 
@@ -346,8 +415,9 @@ EMBEDDED_TRAIN = ("astronaut.png", "coffee.png", "motorcycle_left.png")  # its r
 EMBEDDED_HELD_OUT = ("chelsea.png", "rocket.jpg")
 
 
-def list_training(root=None, val_images=12):
-    """The training set and a validation part that is never trained on, as (train, val, problems).
+def list_training(root=None, val_images=12, tasks=TASKS, listed=None):
+    """The training set and a validation part that is never trained on, as (train, val, problems), of some tasks, and of what a file
+    names (`keep_listed`).
 
     root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the embedded photographs. From a
     folder, the last `val_images` images of every task (at most a fifth, at least one) are set aside, fewer where the cut
@@ -356,11 +426,11 @@ def list_training(root=None, val_images=12):
     there is nothing to train on or nothing to set aside.
     """
     if root is None:
-        return list_embedded(EMBEDDED_TRAIN), list_embedded(EMBEDDED_HELD_OUT), []
-    root = Path(root)
-    if not root.is_dir():
+        return list_embedded(EMBEDDED_TRAIN, tasks=tasks), list_embedded(EMBEDDED_HELD_OUT, tasks=tasks), []
+    if not os.path.isdir(root):
         raise DataError(f"there is no folder {root}")
-    samples, problems = list_adair_train(root) if (root / "Train").is_dir() else list_photos(root)
+    samples, problems = (list_adair_train if os.path.isdir(os.path.join(root, "Train")) else list_photos)(root, tasks)
+    samples = keep_listed(samples, listed) if listed else samples
     if not samples:
         hint = f"; {problems[0]}" if problems else ""
         raise DataError(f"{root} holds neither AdaIR's Train/ nor any image that can be read{hint}")
@@ -368,9 +438,9 @@ def list_training(root=None, val_images=12):
     for task in TASKS:
         of_task = [s for s in samples if s.task == task]
         n = min(val_images, max(len(of_task) // 5, 1), max(len(of_task) - 1, 0))
-        scenes = [re.sub(r"\d+(?=\D*$)", "", Path(s.gt).stem) for s in of_task]
         cut = len(of_task) - n
-        later = (i for i in range(cut, len(of_task)) if i and scenes[i] != scenes[i - 1])
+        scene = {i: re.sub(r"\d+(?=\D*$)", "", stem(of_task[i].gt)) for i in range(max(cut - 1, 0), len(of_task))}
+        later = (i for i in range(cut, len(of_task)) if i and scene[i] != scene[i - 1])
         cut = next(later, cut)
         train, val = train + of_task[:cut], val + of_task[cut:]
     if not val:
@@ -384,25 +454,28 @@ def sample_size(sample, size=image_size):
     return (box[2] - box[0], box[3] - box[1]) if box else size(sample.gt)
 
 
-def check_headers(samples, min_side):
-    """Splits samples by what their files' headers say: (usable, problems). Nothing is decoded yet."""
-    size = lru_cache(maxsize=None)(image_size)
-    usable, problems = [], []
-    for s in samples:
+def check_headers(samples, min_side, spread=lambda function, items: function(items)):
+    """Splits samples by what their files' headers say: (usable, problems). Nothing is decoded yet. spread: shares the work (`runs.spread`)."""
+    problems = spread(partial(_header_problems, min_side=min_side), samples)
+    return [s for s, problem in zip(samples, problems) if not problem], list(dict.fromkeys(filter(None, problems)))
+
+
+def _header_problems(samples, min_side):
+    """What is wrong with each sample, "" if nothing."""
+    size = lru_cache(maxsize=1 << 14)(image_size)
+
+    def problem(s):
         try:
             gt = size(s.gt)
             degraded = size(s.degraded) if s.degraded else gt
             w, h = sample_size(s, size)
         except DataError as error:
-            problems.append(str(error))
-            continue
+            return str(error)
         if degraded != gt:
-            problems.append(_size_problem(s, degraded, gt))
-        elif min(w, h) < min_side:
-            problems.append(f"{s.gt} is {w}×{h} px, smaller than the crop of {min_side}")
-        else:
-            usable.append(s)
-    return usable, list(dict.fromkeys(problems))
+            return _size_problem(s, degraded, gt)
+        return f"{s.gt} is {w}×{h} px, smaller than the crop of {min_side}" if min(w, h) < min_side else ""
+
+    return [problem(s) for s in samples]
 
 
 def check_pixels(samples):
@@ -420,18 +493,19 @@ def check_pixels(samples):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Crop number n of a training run: (degraded, gt, task, name), images (3, crop, crop) in [0, 1].
+    """Crop number n of a training run: (degraded, gt, task, name, n), images (3, crop, crop) in [0, 1].
 
     Everything about crop n follows from (seed, n): a resumed run or one with other workers sees the same crops.
     `fresh` draws a new degradation for every crop (pre-training); otherwise an image keeps the degradation it was
     mined with and only noise is drawn anew. `cycle` names the tasks to draw in turn, real and synthesised pairs of a
     task in equal parts; without it an epoch is a permutation of the samples. A file that breaks on decoding gives the
-    DataError instead of a crop.
+    DataError instead of a crop, as do the crops whose numbers are in `lost`. A worker process notes in reading (workers, 2), if that is
+    there, its process id and the number of the crop it is at.
     """
 
     def __init__(self, samples, crop, seed, total, fresh=False, cycle=()):
         self.samples, self.crop, self.seed, self.total = samples, crop, seed, total
-        self.fresh, self.cycle = fresh, cycle
+        self.fresh, self.cycle, self.lost, self.reading = fresh, cycle, set(), None
         self.groups = defaultdict(lambda: ([], []))  # task -> (synthesised, real)
         for s in samples:
             self.groups[s.task][bool(s.degraded)].append(s)
@@ -441,26 +515,36 @@ class Crops(torch.utils.data.Dataset):
         return self.total
 
     def __getstate__(self):  # for workers that are spawned: a cache cannot be pickled
-        return self.samples, self.crop, self.seed, self.total, self.fresh, self.cycle
+        return (self.samples, self.crop, self.seed, self.total, self.fresh, self.cycle), self.lost, self.reading
 
     def __setstate__(self, state):
-        self.__init__(*state)
+        self.__init__(*state[0])
+        self.lost, self.reading = state[1:]
+
+    def sample(self, n, rng=None):
+        """What crop number n is cut from."""
+        if not self.cycle:
+            epoch, position = divmod(n, len(self.samples))
+            return self.samples[self._order(epoch)[position]]
+        rng = rng or np.random.default_rng((self.seed, n, 1))
+        kinds = [kind for kind in self.groups[self.cycle[n % len(self.cycle)]] if kind]
+        kind = kinds[rng.integers(len(kinds))]
+        return kind[rng.integers(len(kind))]
 
     def __getitem__(self, n):
+        worker = torch.utils.data.get_worker_info()
+        if worker and self.reading is not None:
+            self.reading[worker.id] = torch.tensor((os.getpid(), n))
         rng = np.random.default_rng((self.seed, n, 1))
-        epoch, position = divmod(n, len(self.samples))
-        if self.cycle:
-            kinds = [kind for kind in self.groups[self.cycle[n % len(self.cycle)]] if kind]
-            kind = kinds[rng.integers(len(kinds))]
-            sample = kind[rng.integers(len(kind))]
-        else:
-            sample = self.samples[self._order(epoch)[position]]
+        sample, epoch = self.sample(n, rng), n // len(self.samples)
         try:
+            if n in self.lost:
+                raise DataError(f"{sample.degraded or sample.gt} was being read when a worker process died")
             degraded, gt = self._fresh_crop(sample, rng) if self.fresh else self._mined_crop(sample, epoch, rng)
         except DataError as error:
             return error
         flips = [d for d in (1, 2) if rng.random() < 0.5]
-        return degraded.flip(flips), gt.flip(flips), sample.task, sample.name
+        return degraded.flip(flips), gt.flip(flips), sample.task, sample.name, n
 
     def _window(self, height, width, rng):
         top, left = rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
@@ -487,13 +571,13 @@ class Crops(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """A list of crops -> (degraded (B, 3, H, W), gt, tasks, names, problems); broken crops become `problems`."""
+    """A list of crops -> (degraded (B, 3, H, W), gt, tasks, names, numbers, problems); broken crops become `problems`."""
     good = [item for item in items if not isinstance(item, DataError)]
     problems = [str(item) for item in items if isinstance(item, DataError)]
     if not good:
-        return None, None, [], [], problems
-    degraded, gt, tasks, names = zip(*good)
-    return torch.stack(degraded), torch.stack(gt), list(tasks), list(names), problems
+        return None, None, [], [], [], problems
+    degraded, gt, *rest = zip(*good)
+    return torch.stack(degraded), torch.stack(gt), *map(list, rest), problems
 
 
 # ------------------------------------------------------------------------------------------------ scores, hard mining
@@ -546,7 +630,7 @@ def evaluate(restore, samples, desc="evaluate", keep=()):
     return rows, kept
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=1 << 14)
 def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -566,15 +650,16 @@ def model_digest(model):
     return digest.hexdigest()
 
 
-def mine(restore, samples, known=(), pixels=0):
+def mine(restore, samples, known=(), pixels=0, progress=None):
     """Full-image PSNR of every sample under the pre-trained model: ([{task, name, psnr, digest}], problems).
 
     restore: (B, 3, H, W) -> (B, 3, H, W). known: {digest: psnr} of an earlier run with the same model, reused where a
     sample's contents are unchanged. An image that cannot be used is named in `problems` and left out.
     pixels: images of one size are restored together, up to so many pixels, while others are decoded (a GPU). 0: up to four
     images side by side, on a share of the cores each (a CPU: measured on two cores, batches gained nothing).
+    progress: called with the number of images just done.
     """
-    known, digests, problems = dict(known), {}, {}
+    scores, digests, problems = {}, {}, {}
     one_at_a_time = threading.Lock() if pixels else contextlib.nullcontext()
 
     @torch.inference_mode()
@@ -591,22 +676,22 @@ def mine(restore, samples, known=(), pixels=0):
             same = [i for i, (_, gt) in pairs.items() if gt.shape == shape]
             with one_at_a_time:
                 restored = restore(torch.stack([pairs[i][0] for i in same]))
-            known.update({digests[i]: psnr(y, pairs[i][1]) for i, y in zip(same, restored)})
+            scores.update({i: psnr(y, pairs[i][1]) for i, y in zip(same, restored)})
         return len(batch)
 
     batches, threads = batches_of_one_size(samples, pixels), torch.get_num_threads()
     workers = min(max(threads, 2), 4)  # each may hold a large photo's feature maps
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),))
     try:
-        with tqdm(total=len(samples), desc="mining", unit="image", smoothing=0.1, leave=False) as bar:
-            for k in range(0, len(batches), 1000):  # a pool keeps everything it is given in memory
-                for n in pool.map(score, batches[k : k + 1000]):
-                    bar.update(n)
+        for n in pool.map(score, batches):
+            if progress:
+                progress(n)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
     used = [i for i in range(len(samples)) if i not in problems]
-    rows = [dict(task=samples[i].task, name=samples[i].name, psnr=known[digests[i]], digest=digests[i]) for i in used]
+    values = (scores[i] if i in scores else known[digests[i]] for i in used)
+    rows = [dict(task=samples[i].task, name=samples[i].name, psnr=value, digest=digests[i]) for i, value in zip(used, values)]
     return rows, [problems[i] for i in sorted(problems)]
 
 

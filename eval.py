@@ -145,7 +145,7 @@ def restore_photos(args):
     source, out = Path(args.photo), Path(args.out)
     if not source.exists():
         raise data.DataError(f"there is no photo or folder {source}")
-    photos = data.images_in(source, recursive=True) if source.is_dir() else [source]
+    photos = list(map(Path, data.images_in(source, recursive=True))) if source.is_dir() else [source]
     if not photos:
         raise data.DataError(f"{source} holds no image ({', '.join(sorted(data.IMAGE_TYPES))})")
     base = source if source.is_dir() else source.parent

@@ -112,9 +112,15 @@ class BetaPolicy(nn.Module):
         """log π(a|s) of Eq. 23, (B,), for actions (B, 3, 4)."""
         return beta_log_prob(actions, *self(states)).sum(dim=(1, 2))
 
-    def sample(self, generator=None):
-        """A controller that draws its actions."""
-        return Controller(self, lambda level, alpha, beta: sample_beta(alpha, beta, generator))
+    def sample(self, generators=(None,)):
+        """A controller that draws its actions, from one generator for every image, so that they do not depend on the rest of the
+        batch, or from one for all."""
+
+        def act(level, alpha, beta):
+            parts = zip(alpha.chunk(len(generators)), beta.chunk(len(generators)), generators)
+            return torch.cat([sample_beta(*part) for part in parts])
+
+        return Controller(self, act)
 
     def mean(self):
         """A controller that takes the mean of every density: the deterministic policy."""

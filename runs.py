@@ -1,26 +1,41 @@
-"""The plumbing of a run: its folder, atomic files, metrics, figures and report. Nothing of the method is here."""
+"""The plumbing of a run: its processes, its end, its folder, atomic files, metrics, figures. Nothing of the method is here."""
 
 import argparse
 import ctypes
+import datetime
 import importlib
 import io
 import json
 import math
 import os
 import platform
+import re
+import signal
 import sys
 from collections import defaultdict
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import data
 
 
 class RunError(ValueError):
     """A run cannot start or go on; the text says why and what to do, in one sentence."""
+
+
+class Lost(RunError):
+    """Another process of the run has ended, or hangs."""
+
+
+class Stopped(Exception):
+    """The run was asked to end; the text says by what."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -85,6 +100,229 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# ------------------------------------------------------------------------------------------- the run's processes
+# torchrun starts W of them and tells each its RANK, 0 … W − 1. Without it there is one, of rank 0.
+
+HANGS_AFTER = datetime.timedelta(minutes=30)  # so long a process waits for the others; one that dies is noticed at once
+
+
+def join(wanted):
+    """Joins the other processes that torchrun started, if it did. Returns the device of this one: `wanted`, or of several
+    GPUs its own. Raises RunError where there is none for it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return wanted
+    if on_gpu(wanted):
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if torch.device(wanted).index is not None or local >= there:
+            raise RunError(f"--device {wanted}: under torchrun process i of a machine takes cuda:i, and this machine has {there} GPU(s)")
+        wanted = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        with collective():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu(wanted) else "gloo", timeout=HANGS_AFTER)
+    if rank():  # the first one speaks for all
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return wanted
+
+
+def leave():
+    """Leaves the processes that `join` joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_for_all(device):
+    """What `join` was given: of several GPUs, no certain one."""
+    return device if processes() == 1 else torch.device(device).type
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class collective:
+    """Around what all processes do together: raises Lost if one of them does not."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if kind and issubclass(kind, RuntimeError):  # gloo has no class of its own
+            reason = str(error).split("\n")[0][:200]
+            raise Lost(f"another process of this run ended, or hangs ({reason}); its own message, if it had one, says why") from None
+
+
+def gather(value):
+    """[value of process 0, of process 1, …] in every process. What JSON can hold travels, as text: nothing is unpickled."""
+    if processes() == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    with collective():
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(processes())]
+        dist.all_gather(sizes, torch.tensor([len(text)]))
+        padded = torch.nn.functional.pad(text, (0, max(map(int, sizes)) - len(text)))
+        texts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(texts, padded)
+    return [json.loads(text[: int(n)].numpy().tobytes()) for text, n in zip(texts, sizes)]
+
+
+def same_everywhere(what, value):
+    """Raises RunError if `value` differs between the processes, as when a machine sees another folder."""
+    for i, other in enumerate(gather(value)):
+        if other != value:
+            raise RunError(f"process {i} has another {what} than process {rank()}: all machines need the same files under the same paths")
+
+
+def share(items, per_process):
+    """A list in parts for all processes to work on at a time, of at most `per_process` items each: yields this process's part of every one."""
+    together = per_process * processes()
+    for first in range(0, len(items), together):
+        start = first + rank() * per_process
+        yield items[start : min(start + per_process, first + together)]
+
+
+def spread(function, items):
+    """function(a process's share of items) -> one result per item; all of them, in the order of items, in every process."""
+    n, of = rank(), processes()
+    part = items[len(items) * n // of : len(items) * (n + 1) // of]
+    return [result for results in gather(function(part)) for result in results]
+
+
+def average(parameters, metrics, images):
+    """Averages gradients, in place, and metrics over the processes as if one had done all their images: each process counts by its own number of
+    them, `images`, which may be 0. metrics: {name: scalar tensor}; returns {name: number}, the same in all processes."""
+    numbers = torch.stack([v.detach().float() for v in metrics.values()]).tolist() if metrics else []  # one synchronisation
+    everyone = gather([dict(zip(metrics, numbers)), images])  # before the gradients, so that a GPU need not wait for a process that is gone
+    total = sum(n for _, n in everyone)
+    result = {}
+    for name in dict.fromkeys(name for each, _ in everyone for name in each):
+        values, weights = zip(*[(each[name], n) for each, n in everyone if name in each])
+        result[name] = sum(v * n for v, n in zip(values, weights)) / sum(weights)
+    if processes() > 1 and total:
+        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([t.reshape(-1) for t in parts]) * (images / total)
+        with collective():
+            dist.all_reduce(flat)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p) if p.grad is None else p.grad.copy_(part.view_as(p))
+    return result
+
+
+def exchange(batch, judge, interrupts):
+    """What the processes tell each other after a step: (names of its images, their problems, the judge's metrics). If one was asked to end,
+    all will."""
+    *_, names, _, problems = batch
+    judged, failed = (judge.metrics, judge.problem and str(judge.problem)) if judge and names else ({}, None)
+    told = gather([names, problems, interrupts.reason, judged, failed])
+    interrupts.reason = next((reason for _, _, reason, _, _ in told if reason), None)
+    for said in filter(None, (each[4] for each in told)):
+        tqdm.write(f"judge: {said}")
+    judged = [each[3] for each in told if each[3]]
+    kinds = {"judge/latency": max, "judge/wait": max, "judge/failures": sum, "judge/starts": sum}
+    metrics = {name: merge(each[name] for each in judged) for name, merge in kinds.items()} if judged else {}
+    return [n for each in told for n in each[0]], [p for each in told for p in each[1]], metrics
+
+
+def evaluate(restore, samples, desc="evaluate", keep=()):
+    """`data.evaluate`, shared by the processes: rows of all samples everywhere, the images at the indices in `keep` in the first one."""
+    others = [i for i in range(len(samples)) if i not in keep]
+    mine = [*keep, *others[:: processes()]] if rank() == 0 else others[rank() :: processes()]
+    rows, kept = data.evaluate(restore, [samples[i] for i in mine], desc, keep=range(len(keep)) if rank() == 0 else ())
+    by_index = {i: row for part in gather([list(pair) for pair in zip(mine, rows)]) for i, row in part}
+    return [by_index[i] for i in range(len(samples))], {i: kept[k] for k, i in enumerate(keep) if k in kept}
+
+
+# ------------------------------------------------------------------------------------------------ ways to end
+
+
+class Interrupts:
+    """Within it SIGTERM, Ctrl-C and the end of `minutes` raise Stopped, at once or, while they are held, when they are released. Another
+    Ctrl-C ends the program at once."""
+
+    def __init__(self, minutes=None):
+        self.reason, self.held, self.pid, self.minutes = None, False, os.getpid(), minutes
+        self.names = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+        if minutes:
+            if not hasattr(signal, "SIGALRM"):
+                raise RunError("--max-minutes needs a Unix system")
+            self.names[signal.SIGALRM] = f"--max-minutes {minutes:g}"
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self) for number in self.names}
+        if self.minutes:
+            signal.setitimer(signal.ITIMER_REAL, 60 * self.minutes)
+        return self
+
+    def __exit__(self, *_):
+        if self.minutes:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if os.getpid() != self.pid:  # a process that loads images: the main one will end it
+            return
+        if self.reason:  # it is ending already
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.reason = self.names[number]
+        if not self.held:
+            raise Stopped(self.reason)
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+        if self.reason:
+            raise Stopped(self.reason)
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(crops, size, first, workers, device):
+    """Batches (`data.collate`) of crops number first, first + 1, …, `size` of them for each process in turn; the last may be smaller, or empty.
+    workers: processes that load; None is 4 beside a GPU, else none.
+
+    A worker process that dies, as for memory or in a decoder, costs the crop it was reading, whose image is among the batch's problems.
+    Raises RunError when three die in a row.
+    """
+    deaths, step = 0, size * processes()
+    workers = (4 if on_gpu(device) else 0) if workers is None else workers
+    crops.reading = torch.full((workers, 2), -1).share_memory_()  # what each worker is at: its process id, the crop's number
+    while first < len(crops):
+        starts = (i + rank() * size for i in range(first, len(crops), step))
+        numbers = (range(start, min(start + size, len(crops))) for start in starts)
+        loader = DataLoader(crops, batch_sampler=numbers, num_workers=workers, collate_fn=data.collate, pin_memory=on_gpu(device))
+        iterator = iter(loader)
+        if workers:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise in the middle of a step
+        while first < len(crops):
+            try:
+                batch = next(iterator)
+            except RuntimeError as error:
+                dead = set(map(int, re.findall(r"\d+", str(error)))) if "DataLoader worker" in str(error) else ()
+                at = [n for pid, n in crops.reading.tolist() if pid in dead and n >= 0]
+                if not dead:
+                    raise
+                deaths += 1
+                names = ", ".join(crops.sample(n).degraded or crops.sample(n).gt for n in at) or "nothing"
+                if deaths == 3:
+                    raise RunError(f"a third worker process in a row died, the last one while it read {names}: --workers 0 reads without them") from None
+                tqdm.write(f"a worker process died while it read {names}; others go on")
+                crops.lost |= set(at)
+                break
+            yield batch
+            first, deaths = first + step, 0
+
+
 def on_gpu(device):
     return torch.device(device).type == "cuda"
 
@@ -102,6 +340,8 @@ def keep_freed_memory():
 def device(text):
     """An argparse type: a device that works here."""
     try:
+        if text == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) < torch.cuda.device_count():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would take memory of the first
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:100]
@@ -118,15 +358,19 @@ def write_atomic(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written ({error.strerror}); what was there before is intact") from None
+        if isinstance(error, OSError):
+            raise RunError(f"{path} could not be written ({error.strerror}); what was there before is intact") from None
+        raise
 
 
 def save_checkpoint(path, state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
+    """Writes a checkpoint; the first process does."""
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(path, buffer.getvalue())
 
 
 def write_image(path, image):
@@ -137,7 +381,9 @@ def write_image(path, image):
 
 
 def save_json(path, value):
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Writes JSON; the first process does."""
+    if rank() == 0:
+        write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def load_json(path):
@@ -150,36 +396,60 @@ def load_json(path):
 def refuse_existing(path):
     """Raises RunError if a run folder has something in it already, other than the log of a judge that could not start."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(file.name != "judge.log" for file in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not re.fullmatch(r"judge(-\d+)?\.log", file.name) for file in path.iterdir())):
         raise RunError(f"{path} exists: continue it with --resume {path}, or choose another --out")
 
 
-class Log:
-    """metrics.jsonl and TensorBoard, one row a step. A resumed run drops what was logged after its checkpoint."""
+class Appended:
+    """A file of JSON lines that begins with `rows` and grows; the first process writes."""
 
-    def __init__(self, folder, step=0):
-        self.path = Path(folder) / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["step"] <= step]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.file = open(self.path, "a")
-        from torch.utils.tensorboard import SummaryWriter  # here, as matplotlib below: they are slow to load, for a judge, too
+    def __init__(self, path, rows):
+        self.file = None
+        if rank() == 0:
+            write_atomic(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            self.file = open(path, "a")
 
-        self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
-
-    def write(self, step, metrics):
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+    def write(self, rows):
+        if self.file:
+            self.file.writelines(json.dumps(row) + "\n" for row in rows)
+            self.file.flush()
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        if self.file:
+            self.file.close()
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, one row a step; the first process writes. A resumed run drops what was logged after its checkpoint."""
+
+    def __init__(self, folder, step=0):
+        self.lines = Appended(Path(folder) / "metrics.jsonl", [row for row in read_metrics(folder) if row["step"] <= step])
+        self.board = None
+        if rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # here, as matplotlib below: they are slow to load, for a judge, too
+
+            self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def write(self, step, metrics):
+        if self.board:
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a skipped step some are not
+            self.lines.write([{"step": step, **metrics}])
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self):
+        if self.board:
+            self.lines.close()
+            self.board.close()
 
 
 def read_metrics(folder):
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-    path = Path(folder) / "metrics.jsonl"
+    """The rows of metrics.jsonl."""
+    return read_lines(Path(folder) / "metrics.jsonl")
+
+
+def read_lines(path):
+    """The rows of a file of JSON lines, if it is there; a last line that a kill cut short is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -244,6 +514,7 @@ def plot_curves(folder, rows):
         ("grad_norm", "gradient norm"),
         ("policy/gates", "mean of the gates (start: 0.5)"),
     ]
+    rows = [row for row in rows if "loss/total" in row]  # not of a skipped step
     if not rows:
         return
     plt = pyplot()

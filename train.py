@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -41,6 +40,8 @@ PRESETS = {
 }
 
 
+SKIPS_IN_A_ROW = 5  # so many steps without a finite loss and gradient end a run
+
 # What the judge's flags are unless given; a resumed run takes those that are.
 JUDGE = dict(
     judge="none", judge_model=None, judge_device=None, judge_mode="logits", judge_prompt=None, judge_args=None,
@@ -48,11 +49,11 @@ JUDGE = dict(
 )  # fmt: skip
 
 
-def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judge=None):
+def irpo_step(model, policy, ref, reward, batch, args, progress, generators, judge=None):
     """Forward and backward of one IRPO step; gradients are left in the parameters.
 
-    batch: degraded and gt (B, 3, H, W), B tasks; judge: judge.Judge, which R_qwen comes from. Returns (metrics, replay): metrics {name: scalar tensor}, and what
-    `policy_loss` needs to use the group once more.
+    batch: degraded and gt (B, 3, H, W), B tasks; generators: one per image, or one for all, which its actions are drawn from; judge: judge.Judge,
+    which R_qwen comes from. Returns (metrics, replay): metrics {name: scalar tensor}, and what `policy_loss` needs to use the group once more.
     """
     degraded, gt, tasks = batch
     with torch.set_grad_enabled(not args.freeze_backbone), half_precision(args):
@@ -60,7 +61,7 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judg
 
     with torch.no_grad():
         with half_precision(args):
-            y, states, actions = draw_group(model, policy, encoding, args.group_size, generator)
+            y, states, actions = draw_group(model, policy, encoding, args.group_size, generators)
         scores = judge and judge.ask(degraded, y, gt)  # at work while the other rewards are computed
         r, terms = reward(y, gt, tasks, scores)  # (B, G), Eq. 22; asks for the scores last
     advantages = grpo.group_advantages(r)  # Eq. 8
@@ -100,7 +101,7 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generator, judg
     return metrics | policy_metrics | {"loss/total": loss}, replay
 
 
-def draw_group(model, policy, encoding, group_size, generator, at_once=4):
+def draw_group(model, policy, encoding, group_size, generators, at_once=4):
     """G stochastic rollouts per image, without graph, Eq. 4: (restored (B·G, 3, H, W), states, actions (B·G, 3, 4)).
 
     They are decoded as one batch, or `at_once` per image after each other, so that the memory a larger group takes is
@@ -109,7 +110,7 @@ def draw_group(model, policy, encoding, group_size, generator, at_once=4):
     encoding, parts = encoding.detach(), []
     for first in range(0, group_size, at_once):
         n = min(at_once, group_size - first)
-        rollout = policy.sample(generator)
+        rollout = policy.sample(generators)
         y = model.decode(encoding, rollout, copies=n)
         flat = (y, rollout.actions, *(state for level in rollout.states for state in level))
         parts.append([t.unflatten(0, (-1, n)) for t in flat])  # (B, n, …) each
@@ -177,11 +178,11 @@ def batch_psnr(y, gt):
     return (-10 * mse.log10()).mean()
 
 
-def post_train(args, judge=None):
-    """The whole method: list, mine, post-train, compare. Returns the run folder."""
+def post_train(args, interrupts, judge=None):
+    """The whole method: list, mine, post-train, compare. Returns the run folder. Raises runs.Stopped when `interrupts` end it, with a checkpoint."""
     device = args.device
     run = Path(args.resume or args.out)
-    if not args.resume:
+    if not args.resume and runs.rank() == 0:
         runs.refuse_existing(run)
     checkpoint = adair.read_checkpoint(run / "last.pt") if args.resume and (run / "last.pt").exists() else None
 
@@ -192,19 +193,21 @@ def post_train(args, judge=None):
         raise runs.RunError(f"crops of {args.crop} px are too small for these rewards: they need {rewards.smallest_side(terms)}")
     reward = rewards.Reward(terms, device, args.weights_dir) if args.objective == "irpo" else None
     digest = data.model_digest(pretrained)
-    known = known_scores([args.scores, run / "hard.json"], digest)
-    train, val = usable_samples([args.data_root], args.crop)
+    known = known_scores([args.scores, run / "hard.json", run / "mining.jsonl"], digest)
+    train, val = usable_samples([args.data_root], args.crop, data.task_names(args.tasks), args.list)
+    runs.same_everywhere("model or data", [digest, len(train), len(val), checkpoint["step"] if checkpoint else None])
     run.mkdir(parents=True, exist_ok=True)
     if judge:
         start_judge(judge, val[0], args)
+    runs.save_json(run / "config.json", vars(args) | {"device": runs.device_for_all(device)})  # from here on, --resume goes on
     if reward:
         described = rewards.describe_terms(terms, judge and f"{args.judge_model or args.judge}, {args.judge_mode}")
         print_terms(described)
         runs.save_json(run / "rewards.json", described)
-    runs.save_json(run / "config.json", vars(args))
 
     before_restore = partial(adair.restore, pretrained)
     hard = mine_hard(args, run, before_restore, digest, known, train, resumed=checkpoint is not None)
+    del train
 
     # The policy starts where the pre-trained model is; π_ref stays there.
     torch.manual_seed(args.seed)
@@ -214,88 +217,107 @@ def post_train(args, judge=None):
     policy = policy.to(device)
     ref = policy.frozen_copy()
     optimizer = adam(model, policy, args)
-    step, best_psnr = 0, -math.inf
+    together = args.batch_size * runs.processes()
+    step, seen, total, best_psnr, validated = 0, 0, args.steps * together or args.epochs * len(hard), -math.inf, 0  # seen, total: crops
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         ref.load_state_dict(checkpoint["ref"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, best_psnr = checkpoint["step"], checkpoint["best_psnr"]
+        step, seen, total, best_psnr, validated = (checkpoint[k] for k in ("step", "seen", "total", "best_psnr", "validated"))
 
     def save(name):
         weights = dict(model=model.state_dict(), config=model.config, policy=policy.state_dict(), policy_config=policy.config)
-        rest = dict(ref=ref.state_dict(), optimizer=optimizer.state_dict(), step=step, best_psnr=best_psnr)
-        runs.save_checkpoint(run / name, weights | rest)
+        rest = dict(ref=ref.state_dict(), optimizer=optimizer.state_dict(), step=step, seen=seen, total=total)
+        runs.save_checkpoint(run / name, weights | rest | dict(best_psnr=best_psnr, validated=validated))
 
     pictures = one_of_each_task(val)
-    before, before_images = data.evaluate(before_restore, val, "before", pictures)
+    before, before_images = runs.evaluate(before_restore, val, "before", pictures)
     if not checkpoint:
         best_psnr = keep_best(save, before, best_psnr)  # best.pt starts as the start
     after_restore = partial(adair.restore, model, controller=policy.mean())
-    steps = args.steps or math.ceil(args.epochs * len(hard) / args.batch_size)
     if args.compile:
         compile_blocks(model)
-    crops = data.Crops(hard, args.crop, args.seed, steps * args.batch_size)
-    loader = data_loader(crops, args.batch_size, step * args.batch_size, args)
+    crops = data.Crops(hard, args.crop, args.seed, total)
     log = runs.Log(run, step)
-    bar = tqdm(total=steps, initial=step, desc=args.objective, unit="step", smoothing=0.05)
-    start = time.perf_counter()
-    for degraded, gt, tasks, names, broken in loader:
-        report_skipped(broken)
-        if names:
-            batch = (degraded.to(device, non_blocking=True), gt.to(device, non_blocking=True), tasks)
-            optimizer.zero_grad()
-            if args.objective == "irpo":
-                generator = torch.Generator(device).manual_seed((args.seed << 32) + step)
-                try:
-                    metrics, replay = irpo_step(model, policy, ref, reward, batch, args, step / steps, generator, judge)
-                except judges.JudgeError as error:  # it failed too often; nothing of this step is in the weights
-                    bar.close()
-                    save("last.pt")
-                    more = f"--resume {run} goes on at step {step}, with other --judge… flags if need be"
-                    raise runs.RunError(f"{error}; {more}") from None
-                metrics |= optimizer_step(optimizer)
-                for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
-                    optimizer.zero_grad()
-                    loss, more = policy_loss(policy, ref, replay, args)
-                    loss.backward()
-                    metrics |= more | optimizer_step(optimizer)
-            else:
-                metrics = sft_step(model, policy, batch, args)
-                metrics |= optimizer_step(optimizer)
-            values = torch.stack([v.detach().float() for v in metrics.values()]).tolist()  # one synchronisation
-            rates = {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor}
-            metrics = dict(zip(metrics, values))
-            if not math.isfinite(metrics["grad_norm"]):  # looked at here, so that a GPU need not wait in mid-step
-                bar.close()
-                raise runs.RunError(f"the gradient of {', '.join(names)} is not finite; a smaller --lr may help")
-            metrics |= rates | {"step_time": time.perf_counter() - start}
-            if judge:
-                metrics |= judge.metrics
-                if judge.problem:
-                    tqdm.write(f"judge: {judge.problem}")
-            log.write(step + 1, metrics)
+    bar = tqdm(total=step + math.ceil((total - seen) / together), initial=step, desc=args.objective, unit="step", smoothing=0.05)
+    skipped, start = 0, time.perf_counter()
+    try:
+        for batch in runs.batches(crops, args.batch_size, seen, args.workers, device):
+            if step % args.eval_every == 0 and step > validated:
+                best_psnr = keep_best(save, runs.evaluate(after_restore, val, "validate")[0], best_psnr)
+                validated, start = step, time.perf_counter()
+            interrupts.hold()  # a step is done whole or not at all
+            metrics = update(model, policy, ref, reward, optimizer, batch, args, seen / total, judge)
+            names, broken, judged = runs.exchange(batch, judge, interrupts)
+            report_skipped(broken)
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped == SKIPS_IN_A_ROW:
+                raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
+            step, seen = step + 1, seen + together
+            metrics |= judged | {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor, "step_time": time.perf_counter() - start}
+            log.write(step, metrics)
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
             bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
-        step += 1
-        bar.update()
-        if step % args.eval_every == 0 and step < steps:
-            best_psnr = keep_best(save, data.evaluate(after_restore, val, "validate")[0], best_psnr)
-        if step % args.save_every == 0 or step == steps:
+            bar.update()
+            start = time.perf_counter()
+            interrupts.release()
+            if step % args.save_every == 0:
+                save("last.pt")
+            if args.keep_every and step % args.keep_every == 0:
+                save(f"step-{step:06d}.pt")
+    except (runs.Stopped, runs.RunError, judges.JudgeError) as ended:
+        bar.close()
+        if not isinstance(ended, runs.Lost) or args.inner_epochs == 1:  # between inner epochs a step is half done
             save("last.pt")
-        start = time.perf_counter()
+        raise type(ended)(f"{ended} after step {step}" + ("" if isinstance(ended, runs.Stopped) else f"; --resume {run} goes on")) from None
+    save("last.pt")
     bar.close()
     log.close()
 
     # The last checkpoint against the start, on images nothing was trained on or chosen by.
-    after, after_images = data.evaluate(after_restore, val, "after", pictures)
+    after, after_images = runs.evaluate(after_restore, val, "after", pictures)
     keep_best(save, after, best_psnr)
-    write_report(run, args, before, after, val, pictures, before_images, after_images)
+    if runs.rank() == 0:
+        write_report(run, args, before, after, val, pictures, before_images, after_images)
     return run
 
 
+def update(model, policy, ref, reward, optimizer, batch, args, progress, judge):
+    """One step: gradients on this process's part of the batch, their average over all processes, Adam. Returns {name: number}."""
+    degraded, gt, tasks, names, numbers, _ = batch
+    metrics, replay = {}, None
+    optimizer.zero_grad()
+    if names:
+        images = degraded.to(args.device, non_blocking=True), gt.to(args.device, non_blocking=True), tasks
+        if args.objective == "irpo":
+            generators = [torch.Generator(args.device).manual_seed((args.seed << 32) + n) for n in numbers]
+            metrics, replay = irpo_step(model, policy, ref, reward, images, args, progress, generators, judge)
+        else:
+            metrics = sft_step(model, policy, images, args)
+    metrics = optimizer_step(optimizer, metrics, len(names))
+    for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
+        more = {}
+        optimizer.zero_grad()
+        if replay:
+            loss, more = policy_loss(policy, ref, replay, args)
+            loss.backward()
+        metrics |= optimizer_step(optimizer, more, len(names))
+    return metrics
+
+
 def mine_hard(args, run, restore, digest, known, train, resumed):
-    """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json."""
-    rows, broken = data.mine(restore, train, known, pixels=1 << 20 if runs.on_gpu(args.device) else 0)
+    """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json. Until that is there the
+    scores lie in mining.jsonl, so that a mining that was ended goes on. known: {digest of a sample: PSNR}."""
+    gpu, rows, broken = runs.on_gpu(args.device), [], []
+    lines = runs.Appended(run / "mining.jsonl", [dict(model=digest), *(dict(digest=d, psnr=v) for d, v in known.items())])
+    with tqdm(total=len(train), desc="mining", unit="image", smoothing=0.1, leave=False) as bar:
+        for part in runs.share(train, 64 if gpu else 16):
+            found = data.mine(restore, part, known, 1 << 20 if gpu else 0, lambda n: bar.update(n * runs.processes()))
+            for scored, problems in runs.gather(found):
+                lines.write(dict(digest=row["digest"], psnr=row["psnr"]) for row in scored if row["digest"] not in known)
+                rows += scored
+                broken += problems
+    lines.close()
     report_skipped(broken)
     if not rows:
         raise data.DataError("none of the training images can be read")
@@ -303,12 +325,14 @@ def mine_hard(args, run, restore, digest, known, train, resumed):
     for i in chosen:
         rows[i]["selected"] = True
     mined = dict(model=digest, ratio=args.hard_ratio, select=args.select, rows=rows)
-    if resumed and runs.load_json(run / "hard.json") != mined:
+    if runs.rank() == 0 and resumed and runs.load_json(run / "hard.json") != mined:
         raise runs.RunError(f"the training images or the model at {args.init} changed since {run} began: start a new run")
     runs.save_json(run / "hard.json", mined)
+    if runs.rank() == 0:
+        (run / "mining.jsonl").unlink()
     print(f"D_hard: {len(chosen)} of {len(rows)} training images ({args.select}, ratio {args.hard_ratio})")
-    by_name = {(s.task, s.name): s for s in train}
-    hard = [by_name[rows[i]["task"], rows[i]["name"]] for i in chosen]
+    wanted = {(rows[i]["task"], rows[i]["name"]) for i in chosen}
+    hard = [s for s in train if (s.task, s.name) in wanted]
     return data.adair_repeats(hard) if args.select == "all" else hard
 
 
@@ -327,7 +351,8 @@ def judge_of(args):
     else:
         command += ["--model", args.judge, "--device", args.judge_device or judge_device(args.device)]
     command += args.judge_args or []
-    judge = judges.Judge(command, Path(args.resume or args.out) / "judge.log", args.judge_timeout, args.judge_patience)
+    log = Path(args.resume or args.out) / (f"judge-{runs.rank()}.log" if runs.rank() else "judge.log")
+    judge = judges.Judge(command, log, args.judge_timeout, args.judge_patience)
     try:
         yield judge
     finally:
@@ -387,12 +412,20 @@ def adam(model, policy, args):
     return torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
 
 
-def optimizer_step(optimizer):
-    """Adam's step; {"grad_norm": …}."""
+def optimizer_step(optimizer, metrics, images, clip=math.inf):
+    """Averages gradients and metrics, scalar tensors, over the processes, which did `images` each; then Adam's step, unless the loss or the
+    gradient is not finite. clip: the norm that gradients are reduced to. Returns {name: number}, with grad_norm and skipped, which is 1 if no
+    step was taken."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    metrics = runs.average(parameters, metrics, images)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    optimizer.step()
-    return {"grad_norm": norm}
+    if clip < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    norm = norm.item()
+    finite = math.isfinite(norm) and math.isfinite(metrics.get("loss/total", 0))
+    if finite:
+        optimizer.step()
+    return metrics | {"grad_norm": norm, "skipped": int(not finite)}
 
 
 def keep_best(save, rows, best_psnr):
@@ -404,36 +437,29 @@ def keep_best(save, rows, best_psnr):
     return best_psnr
 
 
-def data_loader(crops, batch, start, args):
-    """Batches of crops number start, start + 1, …"""
-    on_gpu = runs.on_gpu(args.device)
-    workers = (4 if on_gpu else 0) if args.workers is None else args.workers
-    sampler = range(start, len(crops))
-    return DataLoader(crops, batch, sampler=sampler, num_workers=workers, collate_fn=data.collate, pin_memory=on_gpu)
-
-
 def known_scores(paths, digest):
     """{sample digest: psnr} of earlier minings (hard.json files) under the model of this digest."""
     known = {}
     for path in paths:
         if path and Path(path).exists():
-            stored = runs.load_json(path)
+            stored = runs.load_json(path) if Path(path).suffix == ".json" else runs.read_lines(path)
             try:
+                stored = dict(stored[0], rows=stored[1:]) if isinstance(stored, list) else stored
                 scores = {row["digest"]: row["psnr"] for row in stored["rows"]}
                 same = stored["model"] == digest
-            except (KeyError, TypeError):
+            except (KeyError, TypeError, IndexError):
                 raise runs.RunError(f"{path} is not the hard.json of a run") from None
             print(f"{path}: {len(scores)} scores " + ("reused" if same else "of another model, not used"))
             known |= scores if same else {}
     return known
 
 
-def usable_samples(roots, crop):
+def usable_samples(roots, crop, tasks=data.TASKS, listed=None):
     """(training, validation) samples of all roots (None: the embedded photographs), as far as their headers promise to
     work; what does not is named. Raises DataError when nothing is left."""
-    sources = [data.list_training(root) for root in roots]
+    sources = [data.list_training(root, tasks=tasks, listed=listed) for root in roots]
     train, val, problems = (sum(parts, []) for parts in zip(*sources))
-    train, more = data.check_headers(train, crop)
+    train, more = data.check_headers(train, crop, runs.spread)
     val, val_problems = data.check_headers(val, 16)
     val, broken = data.check_pixels(val)  # a measurement that fails at the end would cost the whole run
     report_skipped(problems + more + val_problems + broken)
@@ -475,14 +501,16 @@ def write_report(run, args, before, after, val, pictures, before_images, after_i
     runs.plot_samples(run / "samples.png", figures)
     rows = [row for row in runs.read_metrics(run) if "judge/failures" in row]
     unscored = int(sum(row["judge/failures"] for row in rows))
+    lost = sum(row["skipped"] for row in runs.read_metrics(run))
+    skipped = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
     judged = f" The judge left {unscored} rollouts without a score in {len(rows)} steps." if rows else ""
     what = "IRPO" if args.objective == "irpo" else "the SFT control (L1 on the deterministic output)"
     text = f"""# {what}: before and after, {len(before)} held-out images
 
 {table}
 
-Seed {args.seed}, torch {torch.__version__}, {args.device}. PSNR and SSIM by AdaIR's protocol, deterministic output of the last step.{judged}
-Command: `python train.py {" ".join(args.argv)}`
+Seed {args.seed}, torch {torch.__version__}, {args.device}. PSNR and SSIM by AdaIR's protocol, deterministic output of the last step.{judged}{skipped}
+Command: `python train.py {shlex.join(args.argv)}`
 
 ![curves](curves.png)
 ![samples](samples.png)
@@ -492,7 +520,7 @@ Command: `python train.py {" ".join(args.argv)}`
     print(f"\n{table}\n\neverything of this run lies in {run}: report.md, curves.png, samples.png, last.pt, metrics.jsonl")
 
 
-def pretrain(args):
+def pretrain(args, interrupts):
     """Supervised AdaIR: L1, Adam with warm-up and cosine decay; the result, model.pt, is an average of the weights.
 
     Killed, the same command goes on where it stopped (bit for bit on the same machine).
@@ -544,38 +572,55 @@ def pretrain(args):
         crop = args.crop[-1] if step >= args.steps * 3 // 4 else args.crop[0]
         return crop, max(1, args.batch_size * args.crop[0] ** 2 // crop**2)
 
-    with open(run / "pretrain.jsonl", "a") as log:
-        bar = tqdm(total=args.steps, initial=step, desc="pretrain", smoothing=0.02)
+    def save():
+        state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step)
+        runs.save_checkpoint(run / "pretrain.pt", state | dict(config=net.config, settings=settings))
+        runs.save_checkpoint(run / "model.pt", dict(model=ema.module.state_dict(), config=net.config))
+
+    log = runs.Appended(run / "pretrain.jsonl", [row for row in runs.read_lines(run / "pretrain.jsonl") if row["step"] <= step])
+    bar = tqdm(total=args.steps, initial=step, desc="pretrain", smoothing=0.02)
+    skipped = 0
+    try:
         while step < args.steps:
             crop, batch = stage(step)
+            together = batch * runs.processes()
             end = next((s for s in range(step, args.steps) if stage(s) != (crop, batch)), args.steps)
-            crops = data.Crops(samples, crop, args.seed, end * batch, fresh=True, cycle=args.cycle)
-            for degraded, gt, _, names, broken in data_loader(crops, batch, step * batch, args):
-                report_skipped(broken)
+            crops = data.Crops(samples, crop, args.seed, end * together, fresh=True, cycle=args.cycle)
+            for degraded, gt, _, names, _, broken in runs.batches(crops, batch, step * together, args.workers, args.device):
+                interrupts.hold()  # a step is done whole or not at all
                 warm_up, decay = min(1, (step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
                 optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
+                optimizer.zero_grad()
+                metrics = {}
                 if names:
-                    degraded = degraded.to(args.device)
                     with half_precision(args):
-                        restored = net(degraded)
-                    loss = (restored - gt.to(args.device)).abs().mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                    optimizer.step()
+                        restored = net(degraded.to(args.device))
+                    metrics = {"loss/total": (restored - gt.to(args.device)).abs().mean()}
+                    metrics["loss/total"].backward()
+                metrics = optimizer_step(optimizer, metrics, len(names), clip=1.0)
+                if not metrics["skipped"]:
                     ema.update_parameters(net)
+                names, broken, _ = runs.exchange((names, None, broken), None, interrupts)
+                report_skipped(broken)
+                skipped = skipped + 1 if metrics["skipped"] else 0
+                if skipped == SKIPS_IN_A_ROW:
+                    raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
                 step += 1
                 bar.update()
-                if names and step % 20 == 0:
-                    bar.set_postfix(l1=f"{loss.item():.4f}", crop=crop)
-                    print(json.dumps(dict(step=step, l1=loss.item(), crop=crop)), file=log, flush=True)
-                if step % args.save_every == 0 or step == args.steps:
-                    state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step)
-                    state |= dict(config=net.config, settings=settings)
-                    runs.save_checkpoint(run / "pretrain.pt", state)
-                    runs.save_checkpoint(run / "model.pt", dict(model=ema.module.state_dict(), config=net.config))
+                if step % 20 == 0 and "loss/total" in metrics:
+                    bar.set_postfix(l1=f"{metrics['loss/total']:.4f}", crop=crop)
+                    log.write([dict(step=step, l1=metrics["loss/total"], crop=crop)])
+                interrupts.release()
+                if step % args.save_every == 0:
+                    save()
+    except (runs.Stopped, runs.RunError) as ended:
         bar.close()
-    rows, _ = data.evaluate(partial(adair.restore, ema.module.eval()), val, "validate")
+        save()
+        raise type(ended)(f"{ended} after step {step}") from None
+    save()
+    bar.close()
+    log.close()
+    rows, _ = runs.evaluate(partial(adair.restore, ema.module.eval()), val, "validate")
     for kind, chosen in (("pairs of files", True), ("synthesised", False)):
         real = {(s.task, s.name) for s in val if bool(s.degraded) == chosen}
         part = [row for row in rows if (row["task"], row["name"]) in real]
@@ -611,6 +656,8 @@ def post_train_parser():
 
     add("--preset", "demo", "demo: minutes on two CPU cores; paper: Table 6", choices=PRESETS)
     add("--data-root", None, "AdaIR's data folder, or a folder of photos; default: photographs inside scikit-image")
+    add("--tasks", None, "some of them: denoise derain dehaze is Table 7, one alone Table 1; default: all that are there", choices=("denoise", *data.TASKS), nargs="+")
+    add("--list", None, "file that names the training images to use, one path under --data-root a line", runs.existing_file)
     add("--init", str(DEMO_MODEL), "pre-trained AdaIR to start from, official or ours")
     add("--out", None, "run folder to create; default: runs/OBJECTIVE-DATE-TIME-seedSEED")
     add("--resume", None, "run folder to continue, with its own settings")
@@ -626,7 +673,7 @@ def post_train_parser():
     add("--scores", None, "hard.json of an earlier run, reused where model and images are the same", runs.existing_file)
     add("--steps", None, "updates; 0: by --epochs", runs.number(int, 0))
     add("--epochs", None, "passes over D_hard, Table 6", runs.number(int, 0))
-    add("--batch-size", None, "images per update, each with a group of its own, Table 6", runs.number(int, 1))
+    add("--batch-size", None, "images per update and process, each with a group of its own, Table 6", runs.number(int, 1))
     add("--crop", 128, "px, a multiple of 8, Table 6", runs.multiple_of_8)
     add("--group-size", 4, "G, rollouts per image, Table 5", runs.number(int, 1))
     add("--lr", None, "Adam's rate for the backbone, Table 6", runs.number(float, 0))
@@ -650,7 +697,9 @@ def post_train_parser():
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
     add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
     add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
-    add("--save-every", 50, "steps between checkpoints", runs.number(int, 1))
+    add("--save-every", 50, "steps between checkpoints, last.pt", runs.number(int, 1))
+    add("--keep-every", 0, "steps between checkpoints that are kept, step-N.pt; 0: none", runs.number(int, 0))
+    add("--max-minutes", None, "end with a checkpoint after so long; --resume takes another", runs.number(float, 0, open_low=True))
     return p
 
 
@@ -667,7 +716,7 @@ def pretrain_parser():
     rate = runs.number(float, 0.001, 0.999)
     p.add_argument("--rate", type=rate, help=f"the constant r_h, r_l under --mask-rule fraction (default: {NEW_MODEL['rate']})")
     p.add_argument("--crop", type=runs.multiple_of_8, nargs=2, default=[64, 128], help="px, at first and in the last quarter")
-    p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step at the first crop size")
+    p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step and process at the first crop size")
     p.add_argument("--steps", type=runs.number(int, 1), default=4200, help="updates")
     p.add_argument("--lr", type=runs.number(float, 0), default=1e-3, help="Adam's peak rate")
     p.add_argument("--ema", type=runs.number(float, 0, 1), default=0.998, help="decay of the averaged weights")
@@ -676,6 +725,7 @@ def pretrain_parser():
     p.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="bf16: bfloat16 autocast, for GPUs")
     p.add_argument("--compile", action="store_true", help="torch.compile of the transformer blocks: it takes minutes to start")
     p.add_argument("--workers", type=runs.number(int, 0), help="processes that load images; default: 0 on a CPU, 4 beside a GPU")
+    p.add_argument("--max-minutes", type=runs.number(float, 0, open_low=True), help="end with a checkpoint after so long")
     p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
     p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
     return p
@@ -686,18 +736,19 @@ def parse(argv):
     parser = post_train_parser()
     args = parser.parse_args(argv)
     if args.resume:
-        if any(word.startswith("-") and " " not in word and not word.startswith(("--res", "--judge")) for word in argv):
-            parser.error("a resumed run keeps its settings: give --resume RUN alone, or with --judge… flags")
+        if any(word.startswith("-") and " " not in word and not word.startswith(("--res", "--judge", "--max-minutes")) for word in argv):
+            parser.error("a resumed run keeps its settings: give --resume RUN alone, or with --max-minutes and --judge… flags")
         config = Path(args.resume) / "config.json"
         if not config.exists():
             parser.error(f"{args.resume} is no run folder: it has no config.json")
-        stored = {**vars(args), **JUDGE, **PRESETS["demo"], **runs.load_json(config), "resume": args.resume}
+        stored = {**vars(args), **JUDGE, **PRESETS["demo"], **runs.load_json(config), "resume": args.resume, "max_minutes": args.max_minutes}
         judge = {k: v for k, v in vars(args).items() if k in JUDGE}
         if judge and (stored["judge"] == "none") != (judge.get("judge", stored["judge"]) == "none"):
             parser.error(f"{args.resume} keeps its reward: a run cannot gain or lose its judge")
         if "judge" in judge and not judges.is_url(judge["judge"]):
             judge.setdefault("judge_model", None)  # that of a server
         stored = check_judge(parser, {**stored, **judge})
+        stored["device"] = stored["device"].split(":")[0] if "WORLD_SIZE" in os.environ else stored["device"]
         try:
             runs.device(stored["device"])
         except argparse.ArgumentTypeError as error:
@@ -716,7 +767,7 @@ def parse(argv):
     if args.objective == "sft" and args.judge != "none":
         parser.error("--objective sft has no reward: leave --judge out")
     args.init = str(Path(args.init).resolve())  # so that --resume and eval.py work from any folder
-    for key in ("data_root", "weights_dir"):
+    for key in ("data_root", "weights_dir", "list"):
         setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).resolve()))
     args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
     args.argv = argv
@@ -734,13 +785,22 @@ def check_judge(parser, settings):
 def main(argv):
     parser = post_train_parser()
     runs.keep_freed_memory()
+    pretraining, again = argv[:1] == ["pretrain"], "the same command"
     try:
-        if argv[:1] == ["pretrain"]:
-            pretrain(pretrain_parser().parse_args(argv[1:]))
-        else:
-            args = parse(argv)
-            with judge_of(args) as judge:
-                post_train(args, judge)
+        args = pretrain_parser().parse_args(argv[1:]) if pretraining else parse(argv)
+        args.device = runs.join(args.device)
+        args.out = runs.gather(args.out)[0]  # its default has the time in it
+        with runs.Interrupts(args.max_minutes) as interrupts:
+            try:
+                if pretraining:
+                    pretrain(args, interrupts)
+                else:
+                    with judge_of(args) as judge:
+                        post_train(args, interrupts, judge)
+            except runs.Stopped as stopped:
+                run = Path(args.out if pretraining else args.resume or args.out)
+                again = f"--resume {run}" if not pretraining and (run / "config.json").exists() else again
+                print(f"stopped by {stopped}; {again} goes on")
     except (judges.JudgeError, data.DataError, rewards.RewardError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
         return parser.fail(error)
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -748,10 +808,11 @@ def main(argv):
     except torch.OutOfMemoryError:
         return parser.fail("out of GPU memory: a smaller --crop or --batch-size (or --group-size) needs less")
     except KeyboardInterrupt:
-        again = "the same command" if argv[:1] == ["pretrain"] else "--resume RUN"
-        return parser.fail(f"stopped; {again} goes on from the last checkpoint")
+        return parser.fail("stopped at once; --resume RUN goes on from the last checkpoint, the same command if it was pre-training")
     except torch._dynamo.exc.TorchDynamoException as error:
         return parser.fail(no_compiler(error))
+    finally:
+        runs.leave()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_our_step_is_the_plain_step(group, dtype):
     ref = policies.policy_for(net, concentration=20)
     plain, plain_policy = bench.plain_adair(net), policies.policy_for(net)
     plain_policy.load_state_dict(policy.state_dict())
-    metrics, (_, actions, *_) = train.irpo_step(net, policy, ref, reward, batch, args, 0.5, g)
+    metrics, (_, actions, *_) = train.irpo_step(net, policy, ref, reward, batch, args, 0.5, [g])
     loss = bench.plain_step(plain, plain_policy, ref, reward, batch, args, 0.5, actions)
     assert metrics["loss/total"].item() == pytest.approx(loss.item(), rel=1e-4)
     whole, worst, name = bench.distance(bench.gradients(net), bench.gradients(plain))
@@ -116,7 +116,7 @@ def test_under_bf16_the_policy_computes_in_float32():
         args = train.parse(["--amp", amp])
         net.zero_grad(), policy.zero_grad()
         metrics, (states, actions, logp_old, logp_ref, advantages) = train.irpo_step(
-            net, policy, policy.frozen_copy(), reward, batch, args, 0.5, torch.Generator().manual_seed(1)
+            net, policy, policy.frozen_copy(), reward, batch, args, 0.5, [torch.Generator().manual_seed(1)]
         )
         assert {t.dtype for level in states for t in level} | {actions.dtype, logp_old.dtype, advantages.dtype} == {torch.float32}
         # what was computed under autocast and what is computed without it are one and the same

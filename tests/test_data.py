@@ -280,7 +280,7 @@ def test_crops_follow_from_seed_and_number(tmp_path):
 def test_an_epoch_visits_every_sample_once(tmp_path):
     samples = samples_of(tmp_path, 2)
     crops = data.Crops(samples, 32, 0, 28)
-    seen = [crops[n][2:] for n in range(28)]
+    seen = [crops[n][2:4] for n in range(28)]
     assert sorted(seen[:14]) == sorted(seen[14:]) == sorted((s.task, s.name) for s in samples) and seen[:14] != seen[14:]
 
 
@@ -307,7 +307,7 @@ def test_mined_images_keep_their_degradation_and_noise_is_new(tmp_path):
 def test_fresh_crops_cycle_through_tasks_and_kinds(adair_root):
     samples = data.list_adair_train(adair_root)[0] + data.list_photos(adair_root / "Train/Denoise")[0]
     crops = data.Crops(samples, 32, 0, 200, fresh=True, cycle=["derain", "deblur"])
-    names = [crops[n][2:] for n in range(100)]
+    names = [crops[n][2:4] for n in range(100)]
     assert [task for task, _ in names] == ["derain", "deblur"] * 50
     real = sum("rain-" in name for task, name in names if task == "derain")
     assert 10 < real < 40  # half of 50
@@ -326,7 +326,7 @@ def test_a_broken_file_is_passed_on_by_name(tmp_path):
     path = tmp_path / "1.png"
     path.write_bytes(path.read_bytes()[:300])
     crops = data.Crops(samples, 32, 0, 2)
-    degraded, gt, tasks, names, problems = data.collate([crops[0], crops[1]])
+    degraded, gt, tasks, names, numbers, problems = data.collate([crops[0], crops[1]])
     assert len(degraded) == len(gt) == len(tasks) == 1 and names == ["0.png"] and "1.png cannot be read" in problems[0]
     assert data.collate([data.DataError("x")])[0] is None
 

@@ -781,7 +781,7 @@ def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))
     batch = (torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), ["dehaze", "deblur"])
     try:
-        metrics, _ = train.irpo_step(net, policy, policy.frozen_copy(), reward, batch, args, 0.0, torch.Generator(), judge)
+        metrics, _ = train.irpo_step(net, policy, policy.frozen_copy(), reward, batch, args, 0.0, [torch.Generator()], judge)
     finally:
         judge.close()
     assert events == [("ask", 2, 6, 2), "r_psnr", "r_ssim", "r_task", "r_task", "wait", "r_qwen"]

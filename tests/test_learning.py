@@ -39,7 +39,7 @@ def learn(shuffled, seed=0):
     start, ref = deterministic(), policy.frozen_copy()
     for step in range(UPDATES):
         optimizer.zero_grad()
-        train.irpo_step(net, policy, ref, reward, batch, args, step / UPDATES, generator)
+        train.irpo_step(net, policy, ref, reward, batch, args, step / UPDATES, [generator])
         optimizer.step()
     return start, deterministic()
 

@@ -115,7 +115,7 @@ def test_samples_have_no_graph_and_stay_inside(setting):
 
 def test_same_generator_same_actions_and_replay_repeats_the_image(setting):
     net, policy, x = setting
-    first, second = (policy.sample(torch.Generator().manual_seed(5)) for _ in range(2))
+    first, second = (policy.sample([torch.Generator().manual_seed(5)]) for _ in range(2))
     y = rollout(net, first, x)
     assert torch.equal(y, rollout(net, second, x)) and torch.equal(first.actions, second.actions)
     assert torch.allclose(y, rollout(net, policy.replay(first.actions), x), atol=1e-6)
@@ -147,7 +147,7 @@ def test_the_heads_learn_alone_and_the_backbone_alone(setting):
 
 def test_rate_states_do_not_depend_on_actions_and_fuse_states_do(setting):
     net, policy, x = setting
-    a, b = policy.sample(torch.Generator().manual_seed(1)), policy.sample(torch.Generator().manual_seed(2))
+    a, b = policy.sample([torch.Generator().manual_seed(1)]), policy.sample([torch.Generator().manual_seed(2)])
     rollout(net, a, x), rollout(net, b, x)
     assert all(torch.equal(s[0], t[0]) for s, t in zip(a.states, b.states))
     assert torch.equal(a.states[0][1], b.states[0][1]) and not torch.equal(a.states[2][1], b.states[2][1])

@@ -149,7 +149,7 @@ def test_rollouts_obey_the_spread_that_the_heads_start_with(tmp_path):
         with torch.no_grad():
             encoding = net.encode(degraded)
             y_det = net.decode(encoding, policy.mean())
-            group = net.decode(encoding, policy.sample(torch.Generator().manual_seed(0)), copies=8)
+            group = net.decode(encoding, policy.sample([torch.Generator().manual_seed(0)]), copies=8)
             same = net.decode(encoding, policy.mean(), copies=8)
         losses.append(data.psnr(y_det[0], gt[0]) - np.mean([data.psnr(y, gt[0]) for y in group]))
         spreads.append(reward(group, gt, [sample.task])[0].std().item())
@@ -169,7 +169,7 @@ def test_one_step_is_what_the_equations_say():
     for parameter in ref.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
     degraded, gt, tasks = torch.rand(2, 3, 32, 32, generator=g), torch.rand(2, 3, 32, 32, generator=g), ["deblur", "derain"]
-    metrics, (states, actions, *_) = train.irpo_step(net, policy, ref, score, (degraded, gt, tasks), args, 0.25, g)
+    metrics, (states, actions, *_) = train.irpo_step(net, policy, ref, score, (degraded, gt, tasks), args, 0.25, [g])
     found = {name: p.grad.clone() for module in (net, policy) for name, p in module.named_parameters() if p.grad is not None}
     net.zero_grad(), policy.zero_grad()
 
