@@ -36,8 +36,8 @@ MAX_PIXELS = 2**27  # of an image: a file of a few kB may claim, and on decoding
 
 
 def task_names(words):
-    """The tasks, in the order of TASKS, that words as ["denoise", "dehaze"] name; "denoise" stands for its three noise levels; all if None."""
-    return [t for t in TASKS if words is None or t in words or (t.startswith("denoise") and "denoise" in words)]
+    """The tasks, in the order of TASKS, that words as ["denoise", "dehaze"] name; "denoise" stands for its three noise levels. None of None."""
+    return words and [t for t in TASKS if t in words or (t.startswith("denoise") and "denoise" in words)]
 
 
 class DataError(ValueError):
@@ -415,9 +415,9 @@ EMBEDDED_TRAIN = ("astronaut.png", "coffee.png", "motorcycle_left.png")  # its r
 EMBEDDED_HELD_OUT = ("chelsea.png", "rocket.jpg")
 
 
-def list_training(root=None, val_images=12, tasks=TASKS, listed=None):
-    """The training set and a validation part that is never trained on, as (train, val, problems), of some tasks, and of what a file
-    names (`keep_listed`).
+def list_training(root=None, val_images=12, tasks=None, listed=None):
+    """The training set and a validation part that is never trained on, as (train, val, problems): of these tasks, each of which must be there, or
+    of all that are there; and of what a file names (`keep_listed`).
 
     root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the embedded photographs. From a
     folder, the last `val_images` images of every task (at most a fifth, at least one) are set aside, fewer where the cut
@@ -425,12 +425,18 @@ def list_training(root=None, val_images=12, tasks=TASKS, listed=None):
     one scene in the folders of two tasks. Of the embedded ones, whole photographs are set aside. Raises DataError when
     there is nothing to train on or nothing to set aside.
     """
+    asked, tasks = tasks or (), tasks or TASKS
     if root is None:
+        if listed:
+            raise DataError(f"{listed} names files of a data folder, but the photographs inside scikit-image are trained on")
         return list_embedded(EMBEDDED_TRAIN, tasks=tasks), list_embedded(EMBEDDED_HELD_OUT, tasks=tasks), []
     if not os.path.isdir(root):
         raise DataError(f"there is no folder {root}")
     samples, problems = (list_adair_train if os.path.isdir(os.path.join(root, "Train")) else list_photos)(root, tasks)
     samples = keep_listed(samples, listed) if listed else samples
+    absent = [task for task in asked if samples and task not in {s.task for s in samples}]
+    if absent:
+        raise DataError(f"{root} has no training images for {', '.join(absent)}")
     if not samples:
         hint = f"; {problems[0]}" if problems else ""
         raise DataError(f"{root} holds neither AdaIR's Train/ nor any image that can be read{hint}")
@@ -480,13 +486,18 @@ def _header_problems(samples, min_side):
 
 def check_pixels(samples):
     """Splits samples by whether their files can be decoded: (usable, problems)."""
-    problems = {}
-    for path in {p for s in samples for p in (s.gt, s.degraded) if p}:
+
+    def problem(path):
         try:
             read_image(path)
         except DataError as error:
-            problems[path] = str(error)
-    return [s for s in samples if s.gt not in problems and s.degraded not in problems], sorted(problems.values())
+            return str(error)
+
+    paths = sorted({path for s in samples for path in (s.gt, s.degraded) if path})
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = list(tqdm(pool.map(problem, paths), total=len(paths), desc="decode", unit="file", leave=False, disable=len(paths) < 200))
+    broken = {path: text for path, text in zip(paths, found) if text}
+    return [s for s in samples if s.gt not in broken and s.degraded not in broken], list(broken.values())
 
 
 # ----------------------------------------------------------------------------------------------- training crops
@@ -614,10 +625,11 @@ def evaluation_pair(sample):
     return tuple(multiple_of_16(image) for image in load_pair(sample))
 
 
-def evaluate(restore, samples, desc="evaluate", keep=()):
+def evaluate(restore, samples, desc="evaluate", keep=(), also=None):
     """AdaIR's protocol over `samples`: [{task, name, psnr_in, psnr, ssim}], and the restored images at the indices in `keep`.
 
-    restore: (3, H, W) -> (3, H, W) on the CPU. Noise is seeded per image. Raises DataError for any image it cannot use.
+    restore: (3, H, W) -> (3, H, W) on the CPU; also(sample, restored, gt) -> what else a row should have. Noise is seeded per image. Raises
+    DataError for any image it cannot use.
     """
     rows, kept = [], {}
     for i, sample in enumerate(tqdm(samples, desc=desc, unit="image", leave=False)):
@@ -625,6 +637,7 @@ def evaluate(restore, samples, desc="evaluate", keep=()):
         y = restore(degraded)
         value, similarity = psnr_ssim(y, gt)
         rows.append(dict(task=sample.task, name=sample.name, psnr_in=psnr(degraded, gt), psnr=value, ssim=similarity))
+        rows[-1] |= also(sample, y, gt) if also else {}
         if i in keep:
             kept[i] = y
     return rows, kept
@@ -737,3 +750,114 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
 def adair_repeats(samples):
     """The samples as often as AdaIR's training lists repeat them per epoch."""
     return [s for s in samples for _ in range(ADAIR_REPEATS.get(s.task, 1))]
+
+
+# ---------------------------------------------------------------------------------------------------- what is there
+
+# What the paper trains and tests on (Sec. 4.1): {folder: (tasks, the set, images or pairs as stated, files)}. Of the sets out of domain it
+# states no numbers.
+TRAIN_SETS = {
+    "Train/Denoise": (TASKS[:3], "BSD400 + WED", 5144, "*"),
+    "Train/Derain": (["derain"], "Rain100L", 200, "rainy/rain-N, gt/norain-N"),
+    "Train/Dehaze": (["dehaze"], "RESIDE OTS", 72135, "synthetic/**/ID_A_B, original/ID"),
+    "Train/Deblur": (["deblur"], "GoPro", 2103, "blur/NAME, sharp/NAME"),
+    "Train/Enhance": (["lowlight"], "LOL", 485, "low/NAME, gt/NAME"),
+}
+TEST_SETS = {
+    "test/denoise/BSD68": (TASKS[:3], "BSD68", 68, "*"),
+    "test/denoise/Urban100": (TASKS[:3], "Urban100", 100, "*"),
+    "test/denoise/Kodak24": (TASKS[:3], "Kodak24", 24, "*"),
+    "test/derain/Rain100L": (["derain"], "Rain100L", 100, "input/NAME, target/NAME"),
+    "test/dehaze/SOTS": (["dehaze"], "SOTS", 500, "input/ID_A_B, target/ID"),
+    "test/deblur/GoPro": (["deblur"], "GoPro", 1111, "input/NAME, target/NAME"),
+    "test/enhance/LOL": (["lowlight"], "LOL", 15, "input/NAME, target/NAME"),
+    "RRSHID": (["dehaze"], "RRSHID, out of domain", None, "input/NAME, target/NAME"),
+    "GT-Rain": (["derain"], "GT-Rain, out of domain", None, "input/NAME, target/NAME"),
+    "SIDD": (TASKS[:3], "SIDD, out of domain", None, "input/NAME, target/NAME"),
+    "ReLoBlur": (["deblur"], "ReLoBlur, out of domain", None, "input/NAME, target/NAME"),
+    "LoLi-Street": (["lowlight"], "LoLi-Street, out of domain", None, "input/NAME, target/NAME"),
+}
+OVERLAP = "67 of BSD400's images are the backgrounds of 75 of Rain100L's test images: what is gained there is partly remembered"
+
+
+def known_set(folder):
+    """The key in TEST_SETS of a test set's folder, relative to the data root, or the folder itself."""
+
+    def plain(path):
+        return re.sub(r"[^a-z0-9]", "", os.path.basename(path).lower())
+
+    if folder == "test/dehaze":  # AdaIR's users keep SOTS right there
+        return "test/dehaze/SOTS"
+    kind = os.path.dirname(folder) if folder.startswith("test/") else ""
+    return next((known for known in TEST_SETS if os.path.dirname(known) == kind and plain(known) in plain(folder)), folder)
+
+
+def inventory(root, tasks=None, crop=128, decode=True):
+    """What a data folder holds, in lines of text, and why a training or an evaluation on it would fail: (lines, failures)."""
+    lines, missing, problems, failures = [], [], [], []
+
+    def take(folder, samples, found, known, min_side):
+        _, title, stated, _ = known or ((), "out of domain", None, "")
+        usable, more = check_headers(samples, min_side)
+        found = found + more + (check_pixels(usable)[1] if decode else [])
+        problems.extend(found)
+        lines.append(f"{folder:28} {len(samples):>7} {stated or '-':>7}  {title}" + (f"; {len(found)} problem(s)" if found else ""))
+        return found
+
+    def is_wanted(known):
+        return not tasks or {*known[0]} & {*tasks}
+
+    for folder, known in TRAIN_SETS.items():
+        if is_wanted(known):
+            try:
+                take(folder, *list_adair_train(root, known[0][:1]), known, crop)
+            except DataError:
+                missing.append(f"{folder}/{known[3]}: {known[1]}, {known[2]}")
+    there = set()
+    for samples, found in find_adair_test(root).values():
+        if not samples or samples[0].task in TASKS[1:3]:  # the same images at another noise level
+            continue
+        folder = os.path.relpath(os.path.dirname(samples[0].gt), root).removesuffix("/target")
+        known = known_set(folder)
+        there.add(known)
+        if is_wanted(TEST_SETS.get(known, [tasks])) and take(folder, samples, found, TEST_SETS.get(known), 8):
+            failures.append(f"eval.py would fail on {folder}")
+    missing += [f"{name}/{known[3]}: {known[1]}" + (f", {known[2]}" if known[2] else "") for name, known in TEST_SETS.items() if is_wanted(known) and name not in there]
+    try:
+        train, val, _ = list_training(root, tasks=tasks)
+        train, val = check_headers(train, crop)[0], check_pixels(check_headers(val, 16)[0])[0]
+        broken = {problem.split(" cannot be read as an image")[0] for problem in problems}
+        train = [s for s in train if s.gt not in broken and s.degraded not in broken]
+        if not train or not val:
+            raise DataError(f"no {'image to measure on' if train else f'training image of {crop} px'} is left")
+        lines.append(f"\ntrain.py would train on {len(train)} samples and set {len(val)} aside (a clean image is three: σ 15, 25, 50)")
+    except DataError as error:
+        failures.append(f"train.py would fail: {error}")
+    sections = [f"{'':28} {'found':>7} {'stated':>7}", *lines]
+    sections += ["\nnot there:", *missing] if missing else []
+    sections += [f"\n{len(problems)} problem(s):", *problems[:50], *(["…"] if len(problems) > 50 else [])] if problems else []
+    if {"Train/Denoise", "Train/Derain"} <= {line.split()[0] for line in lines if line.strip()} or "test/derain/Rain100L" in there:
+        sections.append(f"\nnote: {OVERLAP}")
+    return sections + [""] + failures, failures
+
+
+def main(argv):
+    import runs
+
+    p = runs.Parser(prog="data.py", description=__doc__, formatter_class=runs.HelpFormatter)
+    p.add_argument("--data-root", required=True, help="folder in AdaIR's layout, as train.py and eval.py take it")
+    p.add_argument("--tasks", choices=("denoise", *TASKS), nargs="+", help="look at these alone (default: all)")
+    p.add_argument("--crop", type=runs.multiple_of_8, default=128, help="px that training images need a side")
+    p.add_argument("--headers", action="store_true", help="do not decode every file: fast, but misses files that are cut off")
+    args = p.parse_args(argv)
+    if not os.path.isdir(args.data_root):
+        p.error(f"there is no folder {args.data_root}")
+    lines, failures = inventory(args.data_root, task_names(args.tasks), args.crop, not args.headers)
+    print("\n".join(lines).rstrip())
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    import data  # this very file, as runs.py knows it
+
+    sys.exit(data.main(sys.argv[1:]))

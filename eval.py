@@ -6,6 +6,7 @@
 
 import csv
 import io
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 import data
 import model as adair
 import policy as policies
+import rewards
 import runs
 
 TITLES = {"dehaze": "Dehazing", "derain": "Deraining", "denoise25": "Denoising", "deblur": "Deblurring", "lowlight": "Low-Light"}
@@ -39,45 +41,85 @@ def load(path, device):
     return partial(adair.restore, net, controller=controller), init
 
 
-def evaluate_sets(restorers, sets, tile=None):
-    """Runs data.evaluate for every test set and every named restorer.
+def evaluate_sets(restorers, sets, tile=None, lpips=None, folder=None):
+    """Runs data.evaluate, shared by all processes, for every test set and every named restorer. lpips: (y, gt) -> number; folder: for the restored images.
 
-    Returns ({set: {method: rows}}, [(set, input, one output per method, truth) of every set's first image]).
+    Returns ({set: {method: rows}}, [(set, input, one output per method, truth) of every set's first image, in the first process]).
     """
     results, figures = {}, []
     for name, samples in sets.items():
+        base = os.path.commonpath([os.path.dirname(s.name) for s in samples])
         results[name], images = {}, []
         for method, restore in restorers.items():
-            rows, kept = data.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}", keep=[0])
+
+            def also(sample, y, gt):
+                if folder:
+                    path = folder / name / method / os.path.relpath(sample.name, base)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    runs.write_image(path if path.suffix == ".png" else f"{path}.png", y)
+                return {"lpips": lpips(y, gt)} if lpips else {}
+
+            rows, kept = runs.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}", [0], also)
             results[name][method] = rows
-            images.append(kept[0])
-        degraded, gt = data.evaluation_pair(samples[0])
-        figures.append((name, degraded, *images, gt))
-        values = "  ".join(f"{m} {mean(rows, 'psnr'):.2f}/{mean(rows, 'ssim'):.4f}" for m, rows in results[name].items())
+            images += kept.values()
+        if images:
+            degraded, gt = data.evaluation_pair(samples[0])
+            figures.append((name, degraded, *images, gt))
+        values = "  ".join(f"{m} {cell(rows)}" for m, rows in results[name].items())
         tqdm.write(f"{name}: {len(samples)} images, input {mean(rows, 'psnr_in'):.2f}  {values}")
     return results, figures
+
+
+def lpips_of(weights_dir, device):
+    """(y, gt) -> LPIPS (AlexNet) of two images (3, H, W) in [0, 1], if its weights are there, else None."""
+    file, source = rewards.DOWNLOADS["lpips"]
+    path = Path(weights_dir or rewards.default_weights_dir()) / file
+    if not path.is_file():
+        print(f"LPIPS is not measured: {path} is not there (from {source}{file})")
+        return None
+    net = rewards.load_net("lpips", path).to(device)
+
+    @torch.no_grad()
+    def distance(y, gt):
+        return net(*(t[None].clamp(0, 1).to(device) * 2 - 1 for t in (y, gt))).item()
+
+    return distance
 
 
 def mean(rows, key):
     return float(np.mean([row[key] for row in rows]))
 
 
+METRICS = {"psnr": 2, "ssim": 3, "lpips": 3}  # and how many decimals the tables show
+
+
+def measured(rows):
+    """The metrics that rows have."""
+    return [key for key in METRICS if key in rows[0]]
+
+
+def cell(rows):
+    return "/".join(f"{mean(rows, key):.{METRICS[key]}f}" for key in measured(rows))
+
+
 def table(results, columns, title, names):
-    """A table with one row per method and one column per set, PSNR/SSIM, and their average; the gain as last row. names:
-    {task: what stands before a set's name}."""
+    """(title, cells): one row per method and one column per set, and their average; the gain as last row. names: {task: what stands before a
+    set's name}. None without columns."""
     if not columns:
-        return ""
+        return None
     methods = list(results[columns[0]])
-    rows = {m: [(mean(results[c][m], "psnr"), mean(results[c][m], "ssim")) for c in columns] for m in methods}
-    rows = {m: [*v, tuple(np.mean(v, axis=0))] for m, v in rows.items()}
+    keys = measured(results[columns[0]][methods[0]])
+    means = {m: [[mean(results[c][m], key) for key in keys] for c in columns] for m in methods}
+    means = {m: [*v, list(np.mean(v, axis=0))] for m, v in means.items()}
     heads = [*(f"{names.get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
-    width = max(14, *(len(h) + 2 for h in heads))
-    lines = [title, f"{'Method':10}" + "".join(f"{h:>{width}}" for h in heads)]
-    lines += [f"{m:10}" + "".join(f"{f'{p:.2f}/{s:.3f}':>{width}}" for p, s in v) for m, v in rows.items()]
+
+    def line(name, values, sign=""):
+        return [name, *("/".join(f"{x:{sign}.{METRICS[key]}f}" for x, key in zip(v, keys)) for v in values)]
+
+    cells = [["Method", *heads], *(line(m, v) for m, v in means.items())]
     if len(methods) == 2:
-        gains = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(*rows.values())]
-        lines.append(f"{'gain':10}" + "".join(f"{f'{p:+.2f}/{s:+.3f}':>{width}}" for p, s in gains))
-    return "\n".join(lines) + "\n"
+        cells.append(line("gain", np.subtract(means[methods[1]], means[methods[0]]), "+"))
+    return f"{title}: {'/'.join(key.upper() for key in keys)}", cells
 
 
 def tables(results):
@@ -87,11 +129,27 @@ def tables(results):
     noise = [n for n in results if task_of[n].startswith("denoise")]
     out_of_domain = [n for n in results if task_of[n] not in data.TASKS]
     parts = (
-        table(results, in_domain, "In domain (layout of Table 2): PSNR/SSIM", TITLES),
-        table(results, noise, "Denoising by noise level: PSNR/SSIM", {}),
-        table(results, out_of_domain, "Out of domain (layout of Table 3): PSNR/SSIM", {}),
+        table(results, in_domain, "In domain (layout of Table 2)", TITLES),
+        table(results, noise, "Denoising by noise level", {}),
+        table(results, out_of_domain, "Out of domain (layout of Table 3)", {}),
     )
-    return "\n".join(filter(None, parts))
+    return list(filter(None, parts))
+
+
+def as_text(parts):
+    lines = []
+    for title, cells in parts:
+        width = max(14, *(len(c) + 2 for row in cells for c in row[1:]))
+        lines += [title, *(f"{row[0]:10}" + "".join(f"{c:>{width}}" for c in row[1:]) for row in cells), ""]
+    return "\n".join(lines)
+
+
+def as_markdown(parts):
+    lines = []
+    for title, (head, *rows) in parts:
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        lines += [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (head, rule, *rows)), ""]
+    return "\n".join(lines)
 
 
 def to_csv(lines):
@@ -103,20 +161,21 @@ def to_csv(lines):
 
 def csv_files(results):
     """{file name: text}: the numbers of the tables, one line per set and method; and one line per image and method."""
-    scores = ("psnr_in", "psnr", "ssim")
-    by_set = [["set", "method", "images", "psnr_input", "psnr", "ssim"]]
-    by_image = [["set", "method", "task", "image", "psnr_input", "psnr", "ssim"]]
+    scores = measured(next(iter(next(iter(results.values())).values())))
+    by_set = [["set", "method", "images", "psnr_input", *scores]]
+    by_image = [["set", "method", "task", "image", "psnr_input", *scores]]
     for name, methods in results.items():
         for method, rows in methods.items():
-            by_set.append([name, method, len(rows), *(mean(rows, k) for k in scores)])
-            by_image += [[name, method, r["task"], r["name"], *(r[k] for k in scores)] for r in rows]
+            by_set.append([name, method, len(rows), *(mean(rows, k) for k in ("psnr_in", *scores))])
+            by_image += [[name, method, r["task"], r["name"], *(r[k] for k in ("psnr_in", *scores))] for r in rows]
     return {"eval.csv": to_csv(by_set), "eval-images.csv": to_csv(by_image)}
 
 
 def benchmark(args):
+    args.device = runs.join(args.device)
     ckpt = Path(args.ckpt)
     out = Path(args.out or (ckpt if ckpt.is_dir() else f"runs/eval-{ckpt.resolve().parent.name}-{ckpt.stem}"))
-    if (out / "eval.txt").exists() and not args.overwrite:
+    if (out / "eval.txt").exists() and not args.overwrite and runs.rank() == 0:
         raise runs.RunError(f"{out} holds an evaluation: give --overwrite, or another --out")
     restore, init = load(args.ckpt, args.device)
     init = args.before or init
@@ -126,18 +185,22 @@ def benchmark(args):
     sets = data.list_adair_test(args.data_root, args.sets)
     sets = {name: samples[: args.limit or None] for name, samples in sets.items()}
     for name, samples in sets.items():
-        _, problems = data.check_headers(samples, 8)
+        _, problems = data.check_headers(samples, 8, runs.spread)
         if problems:
             raise data.DataError(f"{problems[0]} (test set {name})")
-    results, figures = evaluate_sets(restorers, sets, args.tile or None)
-    text = tables(results)
-    if args.limit:
-        text += f"\nOnly the first {args.limit} images of each set (--limit).\n"
+    lpips = lpips_of(args.weights_dir, args.device)
+    results, figures = evaluate_sets(restorers, sets, args.tile or None, lpips, out / "images" if args.save_images else None)
+    if runs.rank():
+        return
+    parts = tables(results)
+    limited = f"\nOnly the first {args.limit} images of each set (--limit).\n" if args.limit else ""
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in {"eval.txt": text, **csv_files(results)}.items():
+    texts = {"eval.txt": as_text(parts) + limited, "eval.md": as_markdown(parts) + limited, **csv_files(results)}
+    for name, content in texts.items():
         runs.write_atomic(out / name, content.encode())
     runs.plot_samples(out / "eval.png", figures, ("input", *restorers, "truth"))
-    print(f"\n{text}\nwritten to {out}: eval.txt, eval.csv, eval.png, eval-images.csv (one line per image)")
+    pictures = ", images/" if args.save_images else ""
+    print(f"\n{texts['eval.txt']}\nwritten to {out}: {', '.join(texts)}, eval.png{pictures} (eval-images.csv: one line per image)")
 
 
 def restore_photos(args):
@@ -190,6 +253,8 @@ def main(argv):
         p.add_argument("--sets", nargs="+", help="names of the test sets to use (default: all that are found)")
         p.add_argument("--limit", type=runs.number(int, 0), default=0, help="images per set, the first ones; 0: all")
         p.add_argument("--tile", type=runs.tile_size, default=0, help="restore in tiles of this many px; 0: whole images")
+        p.add_argument("--save-images", action="store_true", help="write every restored image, into OUT/images/SET/METHOD")
+        p.add_argument("--weights-dir", help=f"where LPIPS looks for its weights (default: {rewards.default_weights_dir()})")
         p.add_argument("--out", help="folder for the tables (default: the run folder, or runs/eval-FOLDER-NAME for a file)")
     else:
         p.add_argument("photo", help="an image, or a folder of images")
@@ -198,12 +263,16 @@ def main(argv):
     try:
         args = p.parse_args(argv if benchmarking else argv[1:])
         (benchmark if benchmarking else restore_photos)(args)
-    except (data.DataError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
+    except (data.DataError, adair.CheckpointError, policies.PolicyError, rewards.RewardError, runs.RunError) as error:
         return p.fail(error)
     except OSError as error:  # a folder that cannot be written, a full disk
         return p.fail(error)
+    except KeyboardInterrupt:
+        return p.fail("stopped")
     except torch.OutOfMemoryError:
         return p.fail("the image does not fit into GPU memory: give a --tile (or a smaller one)")
+    finally:
+        runs.leave()
 
 
 if __name__ == "__main__":

@@ -322,6 +322,14 @@ def load_aesthetic(path):
     return head.eval().requires_grad_(False)
 
 
+def load_net(term, path):
+    """The network behind a term, from its file. Raises RewardError for a file of something else."""
+    try:
+        return {"clip": load_clip, "lpips": load_lpips, "aes": load_aesthetic}[term](path)
+    except Exception as error:
+        raise RewardError(f"{path} does not hold the weights of {term} ({str(error).splitlines()[0]})") from None
+
+
 class Reward:
     """The composite reward with the networks its terms need. Raises RewardError if one of them cannot be had."""
 
@@ -330,13 +338,9 @@ class Reward:
         self.nets = {}
         wanted = {t for t in DOWNLOADS if effective_weights(weights)[t]}
         wanted |= {"clip"} if "aes" in wanted else set()  # the aesthetic head reads CLIP's embedding
-        loaders = {"clip": load_clip, "lpips": load_lpips, "aes": load_aesthetic}
         paths = {term: weight_file(term, weights_dir) for term in sorted(wanted)}
         for term, path in paths.items():
-            try:
-                self.nets[term] = loaders[term](path).to(device)
-            except Exception as error:
-                raise RewardError(f"{path} does not hold the weights of {term} ({str(error).splitlines()[0]})") from None
+            self.nets[term] = load_net(term, path).to(device)
 
     @torch.no_grad()
     def __call__(self, y, gt, tasks, score=None):

@@ -153,8 +153,8 @@ class collective:
 
     def __exit__(self, kind, error, _):
         if kind and issubclass(kind, RuntimeError):  # gloo has no class of its own
-            reason = str(error).split("\n")[0][:200]
-            raise Lost(f"another process of this run ended, or hangs ({reason}); its own message, if it had one, says why") from None
+            reason = str(error).split("\n")[0].split("] ")[-1][:60]
+            raise Lost(f"another process of this run ended or hangs ({reason}); its own message, if it had one, says why") from None
 
 
 def gather(value):
@@ -228,11 +228,11 @@ def exchange(batch, judge, interrupts):
     return [n for each in told for n in each[0]], [p for each in told for p in each[1]], metrics
 
 
-def evaluate(restore, samples, desc="evaluate", keep=()):
+def evaluate(restore, samples, desc="evaluate", keep=(), also=None):
     """`data.evaluate`, shared by the processes: rows of all samples everywhere, the images at the indices in `keep` in the first one."""
     others = [i for i in range(len(samples)) if i not in keep]
     mine = [*keep, *others[:: processes()]] if rank() == 0 else others[rank() :: processes()]
-    rows, kept = data.evaluate(restore, [samples[i] for i in mine], desc, keep=range(len(keep)) if rank() == 0 else ())
+    rows, kept = data.evaluate(restore, [samples[i] for i in mine], desc, range(len(keep)) if rank() == 0 else (), also)
     by_index = {i: row for part in gather([list(pair) for pair in zip(mine, rows)]) for i, row in part}
     return [by_index[i] for i in range(len(samples))], {i: kept[k] for k, i in enumerate(keep) if k in kept}
 

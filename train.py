@@ -269,7 +269,8 @@ def post_train(args, interrupts, judge=None):
         bar.close()
         if not isinstance(ended, runs.Lost) or args.inner_epochs == 1:  # between inner epochs a step is half done
             save("last.pt")
-        raise type(ended)(f"{ended} after step {step}" + ("" if isinstance(ended, runs.Stopped) else f"; --resume {run} goes on")) from None
+        more = "" if isinstance(ended, runs.Stopped) else f"; --resume {run} goes on"
+        raise type(ended)(f"{ended}, after step {step}{more}") from None
     save("last.pt")
     bar.close()
     log.close()
@@ -454,7 +455,7 @@ def known_scores(paths, digest):
     return known
 
 
-def usable_samples(roots, crop, tasks=data.TASKS, listed=None):
+def usable_samples(roots, crop, tasks=None, listed=None):
     """(training, validation) samples of all roots (None: the embedded photographs), as far as their headers promise to
     work; what does not is named. Raises DataError when nothing is left."""
     sources = [data.list_training(root, tasks=tasks, listed=listed) for root in roots]
@@ -616,7 +617,7 @@ def pretrain(args, interrupts):
     except (runs.Stopped, runs.RunError) as ended:
         bar.close()
         save()
-        raise type(ended)(f"{ended} after step {step}") from None
+        raise type(ended)(f"{ended}, after step {step}") from None
     save()
     bar.close()
     log.close()
