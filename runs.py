@@ -34,8 +34,8 @@ class Lost(RunError):
     """Another process of the run has ended, or hangs."""
 
 
-class Stopped(Exception):
-    """The run was asked to end; the text says by what."""
+class Stopped(BaseException):
+    """The run was asked to end; the text says by what. No Exception: wherever it strikes, nobody may take it for a failure of what he tried."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -350,11 +350,11 @@ def device(text):
 
 
 def write_atomic(path, content):
-    """Writes bytes so that a kill or a full disk leaves the previous file intact."""
+    """Writes bytes, or pieces of them, so that a kill or a full disk leaves the previous file intact."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -380,10 +380,21 @@ def write_image(path, image):
     write_atomic(path, buffer.getvalue())
 
 
+def json_pieces(value):
+    """JSON text in pieces of bytes, since that of a large data set is larger than what it says."""
+    return (piece.encode() for piece in json.JSONEncoder(indent=1).iterencode(value))
+
+
 def save_json(path, value):
     """Writes JSON; the first process does."""
     if rank() == 0:
-        write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+        write_atomic(path, json_pieces(value))
+
+
+def is_saved(path, value):
+    """Whether `save_json` wrote this value there."""
+    with open(path, "rb") as file:
+        return all(file.read(len(piece)) == piece for piece in json_pieces(value)) and not file.read(1)
 
 
 def load_json(path):
@@ -406,7 +417,7 @@ class Appended:
     def __init__(self, path, rows):
         self.file = None
         if rank() == 0:
-            write_atomic(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            write_atomic(path, (json.dumps(row).encode() + b"\n" for row in rows))
             self.file = open(path, "a")
 
     def write(self, rows):

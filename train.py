@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -73,9 +74,9 @@ def irpo_step(model, policy, ref, reward, batch, args, progress, generators, jud
         "psnr_in": batch_psnr(degraded, gt),
     }
     for name, value in terms.items():
-        value = value[value.isfinite()] if name == "qwen" else value
+        value = value[value.isfinite().all(dim=1)]  # the judge may have failed a group
         if len(value):
-            metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(correction=0)}
+            metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(dim=1, correction=0).mean()}
 
     if args.freeze_backbone:
         supervised = 0.0
@@ -310,7 +311,8 @@ def mine_hard(args, run, restore, digest, known, train, resumed):
     """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json. Until that is there the
     scores lie in mining.jsonl, so that a mining that was ended goes on. known: {digest of a sample: PSNR}."""
     gpu, rows, broken = runs.on_gpu(args.device), [], []
-    lines = runs.Appended(run / "mining.jsonl", [dict(model=digest), *(dict(digest=d, psnr=v) for d, v in known.items())])
+    scored_before = (dict(digest=d, psnr=v) for d, v in known.items())
+    lines = runs.Appended(run / "mining.jsonl", itertools.chain([dict(model=digest)], scored_before))
     with tqdm(total=len(train), desc="mining", unit="image", smoothing=0.1, leave=False) as bar:
         for part in runs.share(train, 64 if gpu else 16):
             found = data.mine(restore, part, known, 1 << 20 if gpu else 0, lambda n: bar.update(n * runs.processes()))
@@ -326,7 +328,7 @@ def mine_hard(args, run, restore, digest, known, train, resumed):
     for i in chosen:
         rows[i]["selected"] = True
     mined = dict(model=digest, ratio=args.hard_ratio, select=args.select, rows=rows)
-    if runs.rank() == 0 and resumed and runs.load_json(run / "hard.json") != mined:
+    if runs.rank() == 0 and resumed and not runs.is_saved(run / "hard.json", mined):
         raise runs.RunError(f"the training images or the model at {args.init} changed since {run} began: start a new run")
     runs.save_json(run / "hard.json", mined)
     if runs.rank() == 0:
