@@ -59,7 +59,7 @@ def test_a_group_drawn_in_parts_is_laid_out_image_by_image():
     policy, x = policies.policy_for(net), torch.rand(2, 3, 32, 32, generator=g)
     with torch.no_grad():
         encoding = net.encode(x)
-        y, states, actions = train.draw_group(net, policy, encoding, 5, g, at_once=2)
+        y, states, actions = train.draw_group(net, policy, encoding, 5, [g], at_once=2)
         assert y.shape == (10, 3, 32, 32) and actions.shape == (10, 3, 4)
         assert len(torch.unique(actions[:, 0, 2])) == 10
         for i in range(10):  # each image alone, its action replayed
@@ -76,7 +76,7 @@ def test_the_memory_of_a_group_does_not_grow_beyond_its_images():
     def peak(group):
         with torch.no_grad():
             encoding = net.encode(x)
-            return bench.peak_memory(lambda: train.draw_group(net, policy, encoding, group, g), "cpu") * 2**20
+            return bench.peak_memory(lambda: train.draw_group(net, policy, encoding, group, [g]), "cpu") * 2**20
 
     peak(4)
     images = x.numel() * 4
@@ -164,7 +164,7 @@ def test_a_run_with_compile_is_the_same_run(tmp_path, monkeypatch, capsys):
         return real(function, backend="aot_eager", **{k: v for k, v in options.items() if k != "backend"})
 
     monkeypatch.setattr(torch, "compile", light)
-    weights, flags = {}, "--steps 2 --crop 32 --eval-every 9 --data-root".split()
+    weights, flags = {}, "--steps 2 --crop 32 --eval-every 9 --tasks denoise15 --data-root".split()
     for i in range(7):
         data_of(tmp_path / "photos", i)
     torch.manual_seed(0)

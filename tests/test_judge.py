@@ -751,7 +751,7 @@ def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server,
     server.behave = lambda n: good(n) if n <= 4 + 3 * 4 else 500  # the first batch and three steps
     flags = small("run", "--judge", server.url, "--judge-model", "qwen", "--judge-patience", 2, "--judge-timeout", 20)
     message = fails(capsys, train.main, flags)
-    assert "failed 2 times in a row" in message and "500" in message and f"--resume {tmp_path / 'run'} goes on at step 4" in message
+    assert "failed 2 times in a row" in message and "500" in message and f"after step 4; --resume {tmp_path / 'run'} goes on" in message
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
     rows = metrics(tmp_path / "run")
     assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0]["rewards/qwen/mean"] == pytest.approx(0.75)
