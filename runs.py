@@ -415,15 +415,18 @@ class Appended:
     """A file of JSON lines that begins with `rows` and grows; the first process writes."""
 
     def __init__(self, path, rows):
-        self.file = None
+        self.path, self.file = path, None
         if rank() == 0:
             write_atomic(path, (json.dumps(row).encode() + b"\n" for row in rows))
             self.file = open(path, "a")
 
     def write(self, rows):
         if self.file:
-            self.file.writelines(json.dumps(row) + "\n" for row in rows)
-            self.file.flush()
+            try:
+                self.file.writelines(json.dumps(row) + "\n" for row in rows)
+                self.file.flush()
+            except OSError as error:
+                raise RunError(f"{self.path} could not be written ({error.strerror})") from None
 
     def close(self):
         if self.file:

@@ -249,23 +249,23 @@ def post_train(args, interrupts, judge=None):
                 validated, start = step, time.perf_counter()
             interrupts.hold()  # a step is done whole or not at all
             metrics = update(model, policy, ref, reward, optimizer, batch, args, seen / total, judge)
+            step, seen = step + 1, seen + together
             names, broken, judged = runs.exchange(batch, judge, interrupts)
             report_skipped(broken)
             skipped = skipped + 1 if metrics["skipped"] else 0
             if skipped == SKIPS_IN_A_ROW:
                 raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
-            step, seen = step + 1, seen + together
             metrics |= judged | {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor, "step_time": time.perf_counter() - start}
             log.write(step, metrics)
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
             bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
             bar.update()
-            start = time.perf_counter()
             interrupts.release()
             if step % args.save_every == 0:
                 save("last.pt")
             if args.keep_every and step % args.keep_every == 0:
                 save(f"step-{step:06d}.pt")
+            start = time.perf_counter()
     except (runs.Stopped, runs.RunError, judges.JudgeError) as ended:
         bar.close()
         if not isinstance(ended, runs.Lost) or args.inner_epochs == 1:  # between inner epochs a step is half done
