@@ -323,13 +323,13 @@ def list_adair_train(root, tasks=TASKS):
 
 def find_adair_test(root):
     """AdaIR's test sets under root/test, and any other folder under root that holds input/ and target/, as
-    {set name: (samples, problems)}; clean denoising sets appear once per σ."""
+    {set name: (its folder under root, samples, problems)}; clean denoising sets appear once per σ."""
     root, sets = Path(root), {}
     for folder in sorted(p for p in (root / "test" / "denoise").glob("*") if p.is_dir()):
         clean = images_in(folder)
         for task in TASKS[:3]:
             samples = [Sample(task, os.path.relpath(path, root), path) for path in clean]
-            sets[f"{folder.name} σ={task.removeprefix('denoise')}"] = samples, []
+            sets[f"{folder.name} σ={task.removeprefix('denoise')}"] = str(folder.relative_to(root)), samples, []
     holding_input = (Path(parent) for parent, folders, _ in walk(root) if "input" in folders)
     for folder in sorted(holding_input):
         parts = folder.relative_to(root).parts
@@ -337,7 +337,7 @@ def find_adair_test(root):
         name = "/".join(parts) if name in sets else name
         kind = parts[1] if len(parts) > 1 and parts[0] == "test" else None
         task, keys = TEST_FOLDERS.get(kind, (name, lambda stem: [stem]))
-        sets[name] = pair_up(task, folder / "input", folder / "target", keys, root)
+        sets[name] = "/".join(parts) or ".", *pair_up(task, folder / "input", folder / "target", keys, root)
     return sets
 
 
@@ -349,10 +349,10 @@ def list_adair_test(root, only=None):
     if unknown:
         raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(found)}")
     chosen = {name: parts for name, parts in found.items() if only is None or name in only}
-    broken = [problem for _, problems in chosen.values() for problem in problems]
+    broken = [problem for _, _, problems in chosen.values() for problem in problems]
     if broken:
         raise DataError(f"{broken[0]}; {len(broken)} such problem(s) under {root}, and an evaluation leaves nothing out")
-    sets = {name: samples for name, (samples, _) in chosen.items() if samples}
+    sets = {name: samples for name, (_, samples, _) in chosen.items() if samples}
     if not sets:
         raise DataError(f"{root} holds no test images: wanted test/denoise/SET/*, test/derain/SET/{{input,target}}, … or input/ + target/")
     return sets
@@ -814,10 +814,9 @@ def inventory(root, tasks=None, crop=128, decode=True):
             except DataError:
                 missing.append(f"{folder}/{known[3]}: {known[1]}, {known[2]}")
     there = set()
-    for samples, found in find_adair_test(root).values():
-        if not samples or samples[0].task in TASKS[1:3]:  # the same images at another noise level
+    for name, (folder, samples, found) in find_adair_test(root).items():
+        if name.endswith((" σ=25", " σ=50")):  # the same images as σ = 15
             continue
-        folder = os.path.relpath(os.path.dirname(samples[0].gt), root).removesuffix("/target")
         known = known_set(folder)
         there.add(known)
         if is_wanted(TEST_SETS.get(known, [tasks])) and take(folder, samples, found, TEST_SETS.get(known), 8):

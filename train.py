@@ -208,7 +208,7 @@ def post_train(args, interrupts, judge=None):
 
     before_restore = partial(adair.restore, pretrained)
     hard = mine_hard(args, run, before_restore, digest, known, train, resumed=checkpoint is not None)
-    del train
+    del train, known
 
     # The policy starts where the pre-trained model is; π_ref stays there.
     torch.manual_seed(args.seed)

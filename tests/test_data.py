@@ -187,6 +187,102 @@ def test_the_layout_on_real_pairs():
     assert counts["Rain100L"] == 51 and counts["dehaze"] == 24 and counts["polyu"] == 50 and counts["bsd68 σ=25"] == 68
 
 
+# ------------------------------------------------------------------------------------------- python data.py --data-root
+
+
+PUBLISHED = {  # file names as the data sets' authors gave them, in AdaIR's folders
+    "Train/Denoise": ["100075.jpg", "8023.jpg", "00001.bmp", "04744.bmp"],
+    "Train/Derain/rainy": ["rain-1.png", "rain-2.png", "rain-200.png"],
+    "Train/Derain/gt": ["norain-1.png", "norain-2.png", "norain-200.png"],
+    "Train/Dehaze/synthetic/part1": ["0005_0.8_0.04.jpg", "0005_1_0.2.jpg"],
+    "Train/Dehaze/synthetic/part4": ["8970_0.95_0.16.jpg"],
+    "Train/Dehaze/original": ["0005.jpg", "8970.jpg"],
+    "Train/Deblur/blur": ["GOPR0372_07_00-000047.png", "GOPR0884_11_00-000047.png"],
+    "Train/Deblur/sharp": ["GOPR0372_07_00-000047.png", "GOPR0884_11_00-000047.png"],
+    "Train/Enhance/low": ["2.png", "779.png"],
+    "Train/Enhance/gt": ["2.png", "779.png"],
+    "test/denoise/CBSD68": ["3096.jpg", "101085.jpg"],
+    "test/denoise/Urban100": ["img_001.png"],
+    "test/denoise/Kodak24": ["kodim01.PNG"],
+    "test/derain/Rain100L/input": ["rain-001.png", "rain-100.png"],
+    "test/derain/Rain100L/target": ["norain-001.png", "norain-100.png"],
+    "test/dehaze/SOTS/input": ["0001_0.8_0.2.jpg"],
+    "test/dehaze/SOTS/target": ["0001.png"],
+    "test/deblur/gopro/input": ["GOPR0384_11_00-000001.png"],
+    "test/deblur/gopro/target": ["GOPR0384_11_00-000001.png"],
+    "test/enhance/lol/input": ["1.png"],
+    "test/enhance/lol/target": ["1.png"],
+    **{f"{name}/{part}": ["1.png"] for name in ("ood/RRSHID", "GT-RAIN", "SIDD", "ReLoBlur", "LoLi_Street") for part in ("input", "target")},
+}
+
+
+@pytest.fixture
+def published(tmp_path):
+    for folder, names in PUBLISHED.items():
+        for i, name in enumerate(names):
+            write(tmp_path / folder / name, seed=i)
+    return tmp_path
+
+
+def look(root, capsys, *flags):
+    """(exit code, lines) of the command."""
+    code = data.main(["--data-root", str(root), "--crop", "32", *flags])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_a_complete_tree_is_counted_against_the_published_numbers(published, capsys):
+    code, lines = look(published, capsys)
+    assert code == 0 and not any("not there" in line or "problem" in line for line in lines)
+    counts = {line.split()[0]: line.split()[1:3] for line in lines if len(line.split()) > 2}
+    assert counts["Train/Denoise"] == ["4", "5144"] and counts["Train/Dehaze"] == ["3", "72135"] and counts["Train/Derain"] == ["3", "200"]
+    assert counts["Train/Deblur"] == ["2", "2103"] and counts["Train/Enhance"] == ["2", "485"]
+    assert counts["test/denoise/CBSD68"] == ["2", "68"] and counts["test/dehaze/SOTS"] == ["1", "500"] and counts["test/derain/Rain100L"] == ["2", "100"]
+    assert counts["test/deblur/gopro"] == ["1", "1111"] and counts["test/enhance/lol"] == ["1", "15"] and counts["LoLi_Street"] == ["1", "-"]
+    assert any("LoLi-Street, out of domain" in line for line in lines) and any("67 of BSD400" in line for line in lines)
+    gts = {s.name: s.gt for s in data.list_adair_test(published)["Rain100L"]}
+    assert gts["test/derain/Rain100L/input/rain-001.png"].endswith("target/norain-001.png")
+
+
+def test_what_is_wrong_is_named_and_decides_the_exit_code(published, capsys):
+    low = published / "Train/Enhance/low/2.png"
+    low.write_bytes(low.read_bytes()[:300])  # header whole, pixels cut off
+    (published / "Train/Derain/gt/norain-2.png").unlink()
+    code, lines = look(published, capsys)
+    assert code == 0  # training leaves both out
+    assert any("rain-2.png has no clean image norain-2.*" in line for line in lines) and any("low/2.png cannot be read" in line for line in lines)
+    assert not any("low/2.png cannot be read" in line for line in look(published, capsys, "--headers")[1])
+    (published / "test/deblur/gopro/target/GOPR0384_11_00-000001.png").unlink()
+    code, lines = look(published, capsys)
+    assert code == 1 and "eval.py would fail on test/deblur/gopro" in lines
+    assert look(published, capsys, "--tasks", "dehaze", "derain")[0] == 0
+    for name in ("2.png", "779.png"):
+        (published / "Train/Enhance/gt" / name).unlink()
+    code, lines = look(published, capsys, "--tasks", "lowlight")
+    assert code == 1 and any("train.py would fail: " in line for line in lines)
+    assert any("Train/Enhance/low/NAME, gt/NAME: LOL, 485" in line for line in lines)
+
+
+def test_pairs_in_folders_of_scenes(tmp_path):
+    """GoPro as its authors packed it has a 000047.png in every scene's folder."""
+    for scene in ("GOPR0372_07_00", "GOPR0374_11_00"):
+        write(tmp_path / f"Train/Deblur/blur/{scene}/000047.png"), write(tmp_path / f"Train/Deblur/sharp/{scene}/000047.png")
+    samples, problems = data.list_adair_train(tmp_path, ["deblur"])
+    assert len(samples) == 2 and not problems and all(s.degraded.replace("/blur/", "/sharp/") == s.gt for s in samples)
+
+
+def test_a_folder_that_links_to_its_parent_ends(tmp_path):
+    write(tmp_path / "a/1.png")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    assert [p.removeprefix(str(tmp_path)) for p in data.images_in(tmp_path, recursive=True)][0] == "/a/1.png"
+
+
+def test_the_program_on_real_pairs(capsys):
+    code, lines = look(reference_files("data"), capsys, "--headers")
+    counts = {line.split()[0]: line.split()[1:3] for line in lines if len(line.split()) > 2}
+    assert code == 0 and counts["Train/Dehaze"] == ["96", "72135"] and counts["test/derain/Rain100L"] == ["51", "100"] and counts["ood/polyu"] == ["50", "-"]
+    assert any("test/denoise/Urban100/*: Urban100, 100" in line for line in lines)
+
+
 # -------------------------------------------------------------------------------------------------- degradations
 
 
