@@ -32,6 +32,7 @@ IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"
 # How often AdaIR's training lists repeat an image per epoch (used without hard mining).
 ADAIR_REPEATS = {**{t: 3 for t in TASKS[:3]}, "derain": 120, "dehaze": 1, "deblur": 5, "lowlight": 20}
 PHOTO_WINDOW = 512  # px; of a larger photo in a plain folder, this much around its centre is used
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")  # whatever a file's name says: of EPS, Pillow would run what it finds in it
 MAX_PIXELS = 2**27  # of an image: a file of a few kB may claim, and on decoding fill, any size
 
 
@@ -74,7 +75,7 @@ def opened(path):
     """The image at `path`, its pixels not yet decoded. Raises DataError for a file that is missing, broken or absurdly large, also while
     it is decoded: Pillow's many decoders fail in many ways."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it claims {image.width}×{image.height} px; more than {MAX_PIXELS >> 20} MP are not decoded")
             yield image
@@ -247,10 +248,11 @@ def natural(path):
 
 
 def walk(folder):
-    """os.walk through links, too, but into no folder twice."""
-    seen = set()
+    """os.walk through links, too, but into no folder twice; in the same order everywhere."""
+    seen = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if (real := os.path.realpath(os.path.join(parent, f))) not in seen and not seen.add(real)]
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
+        folders[:] = [name for name in real if real[name] not in seen and not seen.add(real[name])]
         yield parent, folders, files
 
 
@@ -261,7 +263,7 @@ def images_in(folder, recursive=False):
         found += [os.path.join(parent, name) for name in files if os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != "."]
         if not recursive:
             break
-    return sorted(found, key=natural)
+    return sorted(found, key=lambda path: (natural(path), path))
 
 
 def stem(path):
@@ -305,8 +307,8 @@ TEST_FOLDERS = {
 }
 
 
-def list_adair_train(root, tasks=TASKS):
-    """AdaIR's training folders under root/Train. Returns (samples, problems)."""
+def find_adair_train(root, tasks=TASKS):
+    """AdaIR's training folders under root/Train, as (samples, problems)."""
     train = os.path.join(root, "Train")
     clean = images_in(os.path.join(train, "Denoise"), recursive=True) if {*TASKS[:3]} & {*tasks} else []
     names = [os.path.relpath(path, root) for path in clean]
@@ -316,8 +318,16 @@ def list_adair_train(root, tasks=TASKS):
         if task in tasks:
             found = pair_up(task, os.path.join(train, degraded), os.path.join(train, gt), keys, root)
             samples, problems = samples + found[0], problems + found[1]
+    return samples, problems
+
+
+def list_adair_train(root, tasks=TASKS):
+    """`find_adair_train`. Raises DataError if there is nothing to train on."""
+    samples, problems = find_adair_train(root, tasks)
     if not samples:
-        raise DataError(f"{train} holds no pairs in AdaIR's layout (Denoise/, Derain/rainy + gt/, …; see the README)")
+        hint = f"; {len(problems)} file(s) have no partner, as {problems[0]}" if problems else ""
+        which = "" if tuple(tasks) == TASKS else f" for {', '.join(tasks)}"
+        raise DataError(f"{root}/Train holds no pairs in AdaIR's layout (Denoise/, Derain/rainy + gt/, …; see the README){which}{hint}")
     return samples, problems
 
 
@@ -360,15 +370,19 @@ def list_adair_test(root, only=None):
 
 def keep_listed(samples, path):
     """The samples that a list names: a text file with one path under the data root a line. Nothing else of the list is opened. Raises DataError
-    for a line that is none of them."""
+    for a line that is none of them, and for a list without any."""
     names, wanted = {s.name for s in samples}, set()
-    with open(path) as file:
-        for number, line in enumerate(file, 1):
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(iter(lambda: file.readline(4096), ""), 1):
             name = os.path.normpath(line.strip())
-            if name not in names | {"."}:
+            if name == ".":  # an empty line
+                continue
+            if name not in names:
                 outside = ", which lies outside the data root" if os.path.isabs(name) or name.startswith("..") else ""
-                raise DataError(f"{path}, line {number}: {line.strip()} is no training image{outside}")
+                raise DataError(f"{path}, line {number}: {line.strip()!r:.200} is no training image{outside}")
             wanted.add(name)
+    if not wanted:
+        raise DataError(f"{path} names no image")
     return [s for s in samples if s.name in wanted]
 
 
@@ -452,6 +466,14 @@ def list_training(root=None, val_images=12, tasks=None, listed=None):
     if not val:
         raise DataError(f"{root} holds one image per task: at least two are needed, one of them to measure on")
     return train, val, problems
+
+
+def names_digest(samples):
+    """Hash of which samples these are, whatever their files hold."""
+    digest = hashlib.sha256()
+    for s in samples:
+        digest.update(f"{s.task}/{s.name}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def sample_size(sample, size=image_size):
@@ -543,9 +565,18 @@ class Crops(torch.utils.data.Dataset):
         return kind[rng.integers(len(kind))]
 
     def __getitem__(self, n):
+        self._note(n)
+        try:
+            return self._crop(n)
+        finally:
+            self._note(-1)
+
+    def _note(self, n):
         worker = torch.utils.data.get_worker_info()
         if worker and self.reading is not None:
             self.reading[worker.id] = torch.tensor((os.getpid(), n))
+
+    def _crop(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
         sample, epoch = self.sample(n, rng), n // len(self.samples)
         try:
@@ -809,15 +840,16 @@ def inventory(root, tasks=None, crop=128, decode=True):
 
     for folder, known in TRAIN_SETS.items():
         if is_wanted(known):
-            try:
-                take(folder, *list_adair_train(root, known[0][:1]), known, crop)
-            except DataError:
+            samples, found = find_adair_train(root, known[0][:1])
+            if samples or found:
+                take(folder, samples, found, known, crop)
+            else:
                 missing.append(f"{folder}/{known[3]}: {known[1]}, {known[2]}")
     there = set()
     for name, (folder, samples, found) in find_adair_test(root).items():
         if name.endswith((" σ=25", " σ=50")):  # the same images as σ = 15
             continue
-        known = known_set(folder)
+        known = known_set(os.path.basename(os.path.abspath(root)) if folder == "." else folder)
         there.add(known)
         if is_wanted(TEST_SETS.get(known, [tasks])) and take(folder, samples, found, TEST_SETS.get(known), 8):
             failures.append(f"eval.py would fail on {folder}")

@@ -184,6 +184,7 @@ def benchmark(args):
         raise data.DataError(f"there is no folder {args.data_root}")
     sets = data.list_adair_test(args.data_root, args.sets)
     sets = {name: samples[: args.limit or None] for name, samples in sets.items()}
+    runs.same_everywhere("list of images", [data.names_digest(samples) for samples in sets.values()])
     for name, samples in sets.items():
         _, problems = data.check_headers(samples, 8, runs.spread)
         if problems:

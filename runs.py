@@ -152,8 +152,8 @@ class collective:
         return self
 
     def __exit__(self, kind, error, _):
-        if kind and issubclass(kind, RuntimeError):  # gloo has no class of its own
-            reason = str(error).split("\n")[0].split("] ")[-1][:60]
+        if kind and issubclass(kind, RuntimeError) and not issubclass(kind, torch.OutOfMemoryError):  # gloo has no class of its own
+            reason = str(error).split("\n")[0].split(". ")[0][-200:]
             raise Lost(f"another process of this run ended or hangs ({reason}); its own message, if it had one, says why") from None
 
 
@@ -197,19 +197,21 @@ def average(parameters, metrics, images):
     """Averages gradients, in place, and metrics over the processes as if one had done all their images: each process counts by its own number of
     them, `images`, which may be 0. metrics: {name: scalar tensor}; returns {name: number}, the same in all processes."""
     numbers = torch.stack([v.detach().float() for v in metrics.values()]).tolist() if metrics else []  # one synchronisation
-    everyone = gather([dict(zip(metrics, numbers)), images])  # before the gradients, so that a GPU need not wait for a process that is gone
-    total = sum(n for _, n in everyone)
-    result = {}
-    for name in dict.fromkeys(name for each, _ in everyone for name in each):
-        values, weights = zip(*[(each[name], n) for each, n in everyone if name in each])
+    told = [dict(zip(metrics, numbers)), images, "".join("01"[p.grad is not None] for p in parameters)]
+    everyone = gather(told)  # before the gradients, so that a GPU need not wait for a process that is gone
+    total, result = sum(n for _, n, _ in everyone), {}
+    for name in dict.fromkeys(name for each, _, _ in everyone for name in each):
+        values, weights = zip(*[(each[name], n) for each, n, _ in everyone if name in each])
         result[name] = sum(v * n for v, n in zip(values, weights)) / sum(weights)
-    if processes() > 1 and total:
-        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([t.reshape(-1) for t in parts]) * (images / total)
+    learning = [p for p, *flags in zip(parameters, *(each[2] for each in everyone)) if "1" in flags]
+    if processes() > 1 and learning:
+        for p in learning:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # in the parameter's own memory layout, as Adam wants it
+        flat = torch.cat([p.grad.reshape(-1) for p in learning]) * (images / total)
         with collective():
             dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p) if p.grad is None else p.grad.copy_(part.view_as(p))
+        for p, part in zip(learning, flat.split([p.numel() for p in learning])):
+            p.grad.copy_(part.view_as(p))
     return result
 
 
@@ -219,7 +221,7 @@ def exchange(batch, judge, interrupts):
     *_, names, _, problems = batch
     judged, failed = (judge.metrics, judge.problem and str(judge.problem)) if judge and names else ({}, None)
     told = gather([names, problems, interrupts.reason, judged, failed])
-    interrupts.reason = next((reason for _, _, reason, _, _ in told if reason), None)
+    interrupts.reason = interrupts.reason or next((reason for _, _, reason, _, _ in told if reason), None)
     for said in filter(None, (each[4] for each in told)):
         tqdm.write(f"judge: {said}")
     judged = [each[3] for each in told if each[3]]
@@ -282,6 +284,19 @@ class Interrupts:
         self.held = False
         if self.reason:
             raise Stopped(self.reason)
+
+
+NO_MEMORY = "out of GPU memory: a smaller --crop or --batch-size (or --group-size) needs less"
+
+
+def ending(error, interrupts, step, again):
+    """What to raise when `error` ended training after so many steps: Stopped if the run was asked to end, though another process may have been first to do
+    so, else RunError with what goes on."""
+    if isinstance(error, Stopped):
+        return Stopped(f"{interrupts.reason}, after step {step}")
+    if isinstance(error, Lost) and interrupts.reason:
+        return Stopped(f"{interrupts.reason}, after step {step}; another process of this run had ended before")
+    return RunError(f"{NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else error}, after step {step}; {again} goes on")
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -407,7 +422,7 @@ def load_json(path):
 def refuse_existing(path):
     """Raises RunError if a run folder has something in it already, other than the log of a judge that could not start."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(not re.fullmatch(r"judge(-\d+)?\.log", file.name) for file in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not re.fullmatch(r"judge(-\d+)?\.log|.*\.tmp", file.name) for file in path.iterdir())):
         raise RunError(f"{path} exists: continue it with --resume {path}, or choose another --out")
 
 
@@ -437,7 +452,7 @@ class Log:
     """metrics.jsonl and TensorBoard, one row a step; the first process writes. A resumed run drops what was logged after its checkpoint."""
 
     def __init__(self, folder, step=0):
-        self.lines = Appended(Path(folder) / "metrics.jsonl", [row for row in read_metrics(folder) if row["step"] <= step])
+        self.lines = Appended(Path(folder) / "metrics.jsonl", (row for row in read_metrics(folder) if row["step"] <= step))
         self.board = None
         if rank() == 0:
             from torch.utils.tensorboard import SummaryWriter  # here, as matplotlib below: they are slow to load, for a judge, too
@@ -448,8 +463,11 @@ class Log:
         if self.board:
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a skipped step some are not
             self.lines.write([{"step": step, **metrics}])
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
+            try:
+                for name, value in metrics.items():
+                    self.board.add_scalar(name, value, step)
+            except OSError as error:
+                raise RunError(f"TensorBoard's file in {self.lines.path.parent} could not be written ({error.strerror})") from None
 
     def close(self):
         if self.board:
@@ -458,19 +476,19 @@ class Log:
 
 
 def read_metrics(folder):
-    """The rows of metrics.jsonl."""
+    """The rows of metrics.jsonl, one after the other: a long run's are too many to hold."""
     return read_lines(Path(folder) / "metrics.jsonl")
 
 
 def read_lines(path):
-    """The rows of a file of JSON lines, if it is there; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Yields the rows of a file of JSON lines, if it is there; a last line that a kill cut short is left out."""
+    if path.exists():
+        with open(path) as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    return
 
 
 def mean_by_task(rows, key):
@@ -528,7 +546,7 @@ def plot_curves(folder, rows):
         ("grad_norm", "gradient norm"),
         ("policy/gates", "mean of the gates (start: 0.5)"),
     ]
-    rows = [row for row in rows if "loss/total" in row]  # not of a skipped step
+    rows = [row for row in rows if "loss/total" in row and not row["skipped"]]
     if not rows:
         return
     plt = pyplot()
@@ -551,14 +569,14 @@ def plot_curves(folder, rows):
         if key == "psnr_gain":
             for i, (name, label) in enumerate((("psnr_det", "deterministic"), ("psnr_best", "best rollout"))):
                 if name in rows[-1]:
-                    draw(axis, [row[name] - row["psnr_in"] for row in rows], label, f"C{i}")
+                    draw(axis, [row.get(name, math.nan) - row["psnr_in"] for row in rows], label, f"C{i}")
             axis.legend(fontsize=7)
         elif key == "policy/gates":
             for i, name in enumerate(gates):
-                draw(axis, [row[name] for row in rows], name.split("/", 1)[1].removesuffix("/mean"), f"C{i}")
+                draw(axis, [row.get(name, math.nan) for row in rows], name.split("/", 1)[1].removesuffix("/mean"), f"C{i}")
             axis.legend(fontsize=6, ncol=2)
         else:
-            draw(axis, [row[key] for row in rows])
+            draw(axis, [row.get(key, math.nan) for row in rows])
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     for axis in axes[-1]:

@@ -41,6 +41,8 @@ PRESETS = {
 }
 
 
+# What may go wrong in mid-run; the rest is a bug.
+FAILURES = (runs.RunError, judges.JudgeError, data.DataError, OSError, torch.OutOfMemoryError)
 SKIPS_IN_A_ROW = 5  # so many steps without a finite loss and gradient end a run
 
 # What the judge's flags are unless given; a resumed run takes those that are.
@@ -196,7 +198,7 @@ def post_train(args, interrupts, judge=None):
     digest = data.model_digest(pretrained)
     known = known_scores([args.scores, run / "hard.json", run / "mining.jsonl"], digest)
     train, val = usable_samples([args.data_root], args.crop, data.task_names(args.tasks), args.list)
-    runs.same_everywhere("model or data", [digest, len(train), len(val), checkpoint["step"] if checkpoint else None])
+    runs.same_everywhere("model or checkpoint", [digest, checkpoint["step"] if checkpoint else None])
     run.mkdir(parents=True, exist_ok=True)
     if judge:
         start_judge(judge, val[0], args)
@@ -242,14 +244,16 @@ def post_train(args, interrupts, judge=None):
     log = runs.Log(run, step)
     bar = tqdm(total=step + math.ceil((total - seen) / together), initial=step, desc=args.objective, unit="step", smoothing=0.05)
     skipped, start = 0, time.perf_counter()
+    updating = False
     try:
         for batch in runs.batches(crops, args.batch_size, seen, args.workers, device):
             if step % args.eval_every == 0 and step > validated:
                 best_psnr = keep_best(save, runs.evaluate(after_restore, val, "validate")[0], best_psnr)
                 validated, start = step, time.perf_counter()
             interrupts.hold()  # a step is done whole or not at all
+            updating = True
             metrics = update(model, policy, ref, reward, optimizer, batch, args, seen / total, judge)
-            step, seen = step + 1, seen + together
+            step, seen, updating = step + 1, seen + together, False
             names, broken, judged = runs.exchange(batch, judge, interrupts)
             report_skipped(broken)
             skipped = skipped + 1 if metrics["skipped"] else 0
@@ -260,21 +264,24 @@ def post_train(args, interrupts, judge=None):
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
             bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
             bar.update()
-            interrupts.release()
-            if step % args.save_every == 0:
-                save("last.pt")
             if args.keep_every and step % args.keep_every == 0:
                 save(f"step-{step:06d}.pt")
+            if step % args.save_every == 0:
+                save("last.pt")
             start = time.perf_counter()
-    except (runs.Stopped, runs.RunError, judges.JudgeError) as ended:
+            interrupts.release()
+    except (runs.Stopped, *FAILURES) as ended:
+        interrupts.hold()
         bar.close()
-        if not isinstance(ended, runs.Lost) or args.inner_epochs == 1:  # between inner epochs a step is half done
+        if not updating or args.inner_epochs == 1:  # between inner epochs a step is half done
             save("last.pt")
-        more = "" if isinstance(ended, runs.Stopped) else f"; --resume {run} goes on"
-        raise type(ended)(f"{ended}, after step {step}{more}") from None
+        raise runs.ending(ended, interrupts, step, f"--resume {run}") from None
     save("last.pt")
     bar.close()
     log.close()
+
+    if len(set(runs.gather(data.model_digest(model)))) > 1:  # rounding, where machines differ; a bug where they do not
+        print("note: the weights of the processes are not equal to the bit; those of the first one are kept")
 
     # The last checkpoint against the start, on images nothing was trained on or chosen by.
     after, after_images = runs.evaluate(after_restore, val, "after", pictures)
@@ -303,7 +310,9 @@ def update(model, policy, ref, reward, optimizer, batch, args, progress, judge):
         if replay:
             loss, more = policy_loss(policy, ref, replay, args)
             loss.backward()
+        skipped = metrics["skipped"]
         metrics |= optimizer_step(optimizer, more, len(names))
+        metrics["skipped"] = max(metrics["skipped"], skipped)
     return metrics
 
 
@@ -445,7 +454,7 @@ def known_scores(paths, digest):
     known = {}
     for path in paths:
         if path and Path(path).exists():
-            stored = runs.load_json(path) if Path(path).suffix == ".json" else runs.read_lines(path)
+            stored = runs.load_json(path) if Path(path).suffix == ".json" else list(runs.read_lines(path))
             try:
                 stored = dict(stored[0], rows=stored[1:]) if isinstance(stored, list) else stored
                 scores = {row["digest"]: row["psnr"] for row in stored["rows"]}
@@ -462,6 +471,7 @@ def usable_samples(roots, crop, tasks=None, listed=None):
     work; what does not is named. Raises DataError when nothing is left."""
     sources = [data.list_training(root, tasks=tasks, listed=listed) for root in roots]
     train, val, problems = (sum(parts, []) for parts in zip(*sources))
+    runs.same_everywhere("list of images", data.names_digest(train + val))
     train, more = data.check_headers(train, crop, runs.spread)
     val, val_problems = data.check_headers(val, 16)
     val, broken = data.check_pixels(val)  # a measurement that fails at the end would cost the whole run
@@ -496,17 +506,18 @@ def print_terms(rows):
 def write_report(run, args, before, after, val, pictures, before_images, after_images):
     """The before/after table, curves.png, samples.png and report.md; prints the table and where everything lies."""
     table = runs.before_after_table(before, after)
-    runs.plot_curves(run, runs.read_metrics(run))
+    steps = failures = lost = 0
+    for row in runs.read_metrics(run):
+        steps, failures, lost = steps + 1, failures + row.get("judge/failures", 0), lost + row["skipped"]
+    every = 1 + steps // 10_000  # what a plot can show
+    runs.plot_curves(run, list(itertools.islice(runs.read_metrics(run), 0, None, every)))
     figures = []
     for i in pictures:
         degraded, gt = data.evaluation_pair(val[i])
         figures.append((val[i].task, degraded, before_images[i], after_images[i], gt))
     runs.plot_samples(run / "samples.png", figures)
-    rows = [row for row in runs.read_metrics(run) if "judge/failures" in row]
-    unscored = int(sum(row["judge/failures"] for row in rows))
-    lost = sum(row["skipped"] for row in runs.read_metrics(run))
     skipped = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
-    judged = f" The judge left {unscored} rollouts without a score in {len(rows)} steps." if rows else ""
+    judged = f" The judge left {int(failures)} rollouts without a score in {steps} steps." if args.judge != "none" else ""
     what = "IRPO" if args.objective == "irpo" else "the SFT control (L1 on the deterministic output)"
     text = f"""# {what}: before and after, {len(before)} held-out images
 
@@ -553,21 +564,24 @@ def pretrain(args, interrupts):
     run.mkdir(parents=True, exist_ok=True)
     step = 0
     settings = {k: getattr(args, k) for k in ("data_root", "photos", "init", "seed", "lr", "ema", "crop", "batch_size", "cycle")}
+    settings["processes"] = runs.processes()
     if (run / "pretrain.pt").exists():
         state = adair.read_checkpoint(run / "pretrain.pt")
         if not {"net", "ema", "opt", "step", "config", "settings"} <= state.keys():
             raise runs.RunError(f"{run}/pretrain.pt is not of this version: choose another --out")
         if state["config"] != net.config:
             raise runs.RunError(f"{run} holds the training of another model ({state['config']}): choose another --out")
-        other = [k for k, v in settings.items() if state["settings"][k] != v]
+        other = [k for k, v in settings.items() if state["settings"].get(k) != v]
         if other:
-            raise runs.RunError(f"{run} was trained with another --{other[0].replace('_', '-')}: give the same, or another --out")
+            name = "number of processes" if other[0] == "processes" else f"--{other[0].replace('_', '-')}"
+            raise runs.RunError(f"{run} was trained with another {name}: give the same, or another --out")
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["opt"])
         step = state["step"]
         print(f"{run} goes on at step {step} of {args.steps}")
 
+    runs.same_everywhere("model or state of training", [step, data.model_digest(net)])
     if args.compile:
         compile_blocks(net)
 
@@ -603,12 +617,12 @@ def pretrain(args, interrupts):
                 metrics = optimizer_step(optimizer, metrics, len(names), clip=1.0)
                 if not metrics["skipped"]:
                     ema.update_parameters(net)
+                step += 1
                 names, broken, _ = runs.exchange((names, None, broken), None, interrupts)
                 report_skipped(broken)
                 skipped = skipped + 1 if metrics["skipped"] else 0
                 if skipped == SKIPS_IN_A_ROW:
                     raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
-                step += 1
                 bar.update()
                 if step % 20 == 0 and "loss/total" in metrics:
                     bar.set_postfix(l1=f"{metrics['loss/total']:.4f}", crop=crop)
@@ -616,10 +630,11 @@ def pretrain(args, interrupts):
                 interrupts.release()
                 if step % args.save_every == 0:
                     save()
-    except (runs.Stopped, runs.RunError) as ended:
+    except (runs.Stopped, *FAILURES) as ended:
+        interrupts.hold()
         bar.close()
         save()
-        raise type(ended)(f"{ended}, after step {step}") from None
+        raise runs.ending(ended, interrupts, step, "the same command") from None
     save()
     bar.close()
     log.close()
@@ -809,7 +824,7 @@ def main(argv):
     except OSError as error:  # a folder that cannot be written, a full disk
         return parser.fail(error)
     except torch.OutOfMemoryError:
-        return parser.fail("out of GPU memory: a smaller --crop or --batch-size (or --group-size) needs less")
+        return parser.fail(runs.NO_MEMORY)
     except KeyboardInterrupt:
         return parser.fail("stopped at once; --resume RUN goes on from the last checkpoint, the same command if it was pre-training")
     except torch._dynamo.exc.TorchDynamoException as error:

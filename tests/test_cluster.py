@@ -33,6 +33,13 @@ def torchrun(program, flags, n=2):
     return subprocess.Popen([*command, *map(str, flags)], env=environment, cwd=ROOT, **pipes)
 
 
+def workers(process):
+    """Process ids of what torchrun started, by rank."""
+    pids = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = {int(rank[5:]): int(pid) for pid in pids for rank in open(f"/proc/{pid}/environ").read().split("\0") if rank.startswith("RANK=")}
+    return [ranks[i] for i in sorted(ranks)]
+
+
 def until(happens, seconds=200):
     """Waits until happens() is true."""
     deadline = time.time() + seconds
@@ -77,15 +84,25 @@ def flags_in(folder, name, *more):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(once):
-    """28 images mined in two shares, 7 hard ones trained on, so that the last step leaves one process without an image, 7 measured on."""
-    finish(torchrun("train.py", flags_in(once, "two", "--epochs", 1, "--batch-size", 1, "--eval-every", 2)))
-    train.main(flags_in(once, "one", "--epochs", 1, "--batch-size", 2, "--eval-every", 2))
+    """28 images mined in two shares, 7 hard ones trained on in 3 epochs, so that one process has no image in the last step, 7 measured on; ended by SIGTERM
+    to both on the way, and resumed by two."""
+    flags = ["--epochs", 3, "--eval-every", 2, "--inner-epochs", 2, "--save-every", 1000]
+    both = torchrun("train.py", flags_in(once, "two", *flags, "--batch-size", 1))
+    until(lambda: lines(once / "two/metrics.jsonl") >= 2)
+    for pid in workers(both):
+        os.kill(pid, signal.SIGTERM)
+    output = finish(both)
+    stopped = adair.read_checkpoint(once / "two/last.pt")
+    assert 2 <= stopped["step"] < 11 and f"stopped by SIGTERM, after step {stopped['step']}; --resume {once / 'two'} goes on" in output
+    output = finish(torchrun("train.py", ["--resume", once / "two"]))
+    assert "mean of tasks" in output and "not equal to the bit" not in output  # the weights of both processes
+    train.main(flags_in(once, "one", *flags, "--batch-size", 2))
     one, two = (adair.read_checkpoint(once / name / "last.pt") for name in ("one", "two"))
     started = policies.policy_for(adair.load_adair(once / "init.pt")).state_dict()
     assert largest_difference(one, two) < 1e-5 < largest_difference(one, dict(policy=started), ["policy"])
-    assert one["step"] == two["step"] == 4 and one["seen"] == 8 and one["total"] == two["total"] == 7
+    assert one["step"] == two["step"] == 11 and one["total"] == two["total"] == 21
     for a, b in zip(metrics(once / "one"), metrics(once / "two"), strict=True):
-        assert {k: v for k, v in a.items() if k != "step_time"} == pytest.approx({k: v for k, v in b.items() if k != "step_time"}, rel=1e-2, abs=1e-4)
+        assert {k: v for k, v in a.items() if k != "step_time"} == pytest.approx({k: v for k, v in b.items() if k != "step_time"}, rel=1e-2, abs=1e-3)
     hard = [json.loads((once / name / "hard.json").read_text())["rows"] for name in ("one", "two")]
     assert [(r["name"], r["digest"], r.get("selected")) for r in hard[0]] == [(r["name"], r["digest"], r.get("selected")) for r in hard[1]]
     reports = [json.loads((once / name / "report.json").read_text()) for name in ("one", "two")]
@@ -116,18 +133,13 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_goes_on(once):
     run = once / "dies"
     both = torchrun("train.py", flags_in(once, "dies", "--steps", 60, "--save-every", 1000))
     until(lambda: lines(run / "metrics.jsonl") >= 3)
-    (second,) = (
-        int(pid)
-        for pid in subprocess.run(["pgrep", "-P", str(both.pid)], capture_output=True, text=True).stdout.split()
-        if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()
-    )
-    os.kill(second, signal.SIGKILL)
+    os.kill(workers(both)[1], signal.SIGKILL)
     killed = time.time()
     output = both.communicate(timeout=100)[0].decode()
     assert time.time() - killed < 60 and both.returncode != 0
-    assert "another process of this run ended or hangs" in output and f"--resume {run} goes on" in output
+    assert "another process of this run" in output and f"--resume {run} goes on" in output
     stored = adair.read_checkpoint(run / "last.pt")  # of its own: none was due before step 1000
-    assert 3 <= stored["step"] == lines(run / "metrics.jsonl") < 60 and stored["seen"] == 2 * stored["step"]
+    assert 3 <= stored["step"] < 60 and stored["step"] - lines(run / "metrics.jsonl") in (0, 1) and stored["seen"] == 2 * stored["step"]
     config = json.loads((run / "config.json").read_text())
     stored["total"] = stored["seen"] + 3  # enough has been shown
     torch.save(stored, run / "last.pt")
@@ -135,21 +147,20 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_goes_on(once):
     assert adair.read_checkpoint(run / "last.pt")["step"] == stored["step"] + 3 and (run / "report.md").exists()
 
 
-def test_gradients_count_by_their_images(monkeypatch):
-    """Three processes with 2, 0 and 1 images, threads here: what each sends is summed to the mean over all images."""
-    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
-    gradients = [[torch.full((2, 3), 1.0), torch.arange(4.0)], [None, None], [torch.full((2, 3), 4.0), None]]
-    sent, images = [], [2, 0, 1]
-    monkeypatch.setattr(runs, "processes", lambda: 3)
-    monkeypatch.setattr(runs, "gather", lambda value: [[{"a": 1.0}, 2], [{}, 0], [{"a": 4.0, "b": 5.0}, 1]])
-    monkeypatch.setattr(runs.dist, "all_reduce", lambda flat: sent.append(flat.clone()))
-    for grads, n in zip(gradients, images):
-        for p, g in zip(parameters, grads):
-            p.grad = g
-        found = runs.average(parameters, {}, n)
-    assert found == {"a": 2.0, "b": 5.0}
-    total = sum(sent)
-    assert torch.allclose(total[:6], torch.full((6,), 2.0)) and torch.allclose(total[6:], torch.arange(4.0) * 2 / 3)
+def test_what_arrives_while_others_are_waited_for_is_not_forgotten(monkeypatch):
+    """A signal strikes inside the exchange, after this process has told the others of none."""
+    with runs.Interrupts() as interrupts:
+        interrupts.hold()
+
+        def gather(value):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [value, [["b.png"], ["a problem"], None, {}, None]]
+
+        monkeypatch.setattr(runs, "gather", gather)
+        assert runs.exchange((["a.png"], [0], []), None, interrupts) == (["a.png", "b.png"], ["a problem"], {})
+        with pytest.raises(runs.Stopped, match="SIGTERM"):
+            interrupts.release()
+    assert isinstance(runs.ending(runs.Lost("gone"), interrupts, 3, ""), runs.Stopped)  # the others were asked, too
 
 
 # ----------------------------------------------------------------------------------------------------- ways to end
@@ -196,7 +207,7 @@ def test_a_run_that_is_asked_to_end_does_so_with_a_checkpoint(small, tmp_path, c
     before = signal.getsignal(signal.SIGTERM)
     assert train.main(flags) is None
     out, stored = capsys.readouterr().out, adair.read_checkpoint(tmp_path / "run/last.pt")
-    assert f"stopped by {how}" in out and f"after step {stored['step']}; --resume {tmp_path / 'run'} goes on" in out
+    assert f"stopped by {how}" in out and f", after step {stored['step']}; --resume {tmp_path / 'run'} goes on" in out
     assert stored["step"] == lines(tmp_path / "run/metrics.jsonl") < 500 and not (tmp_path / "run/report.md").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -246,7 +257,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(bad):
         optimizer.zero_grad()
         loss = net(x).square().mean()
         loss.backward()
-        return train.optimizer_step(optimizer, {"loss/total": loss}, 1)
+        return train.optimizer_step(optimizer, {"loss/total": loss}, 1)  # as in a run
 
     assert step(torch.ones(2, 3))["skipped"] == 0
     before = json.dumps([p.tolist() for p in net.parameters()] + [v.tolist() for s in optimizer.state.values() for v in s.values()])
@@ -260,8 +271,8 @@ def test_steps_that_are_never_finite_end_the_run_by_name(small, tmp_path, capsys
     said = fails(capsys, train.main, small("run", "--lr", "1e30", "--steps", 50))
     rows = metrics(tmp_path / "run")
     assert [row["skipped"] for row in rows] == [0, 1, 1, 1, 1]
-    assert "not finite 5 times in a row, the last time on " in said and ".png" in said and "after step 5; --resume" in said
-    assert adair.read_checkpoint(tmp_path / "run/last.pt")["step"] == 5
+    assert "not finite 5 times in a row, the last time on " in said and ".png" in said and "after step 6; --resume" in said
+    assert adair.read_checkpoint(tmp_path / "run/last.pt")["step"] == 6
 
 
 def test_an_image_that_kills_its_worker_is_named_and_left_out(tmp_path, monkeypatch, capsys):
@@ -292,6 +303,10 @@ def test_an_image_that_kills_its_worker_is_named_and_left_out(tmp_path, monkeypa
 
 
 def test_tasks_and_lists_choose_what_is_trained_on(small, photos, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "list.txt").write_text("\n")
+    assert "list.txt names no image" in fails(capsys, train.main, small("run", "--list", tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_bytes(b"0.png\n\xff.png\n")
+    assert "list.txt, line 2: '\\udcff.png' is no training image" in fails(capsys, train.main, small("run", "--list", tmp_path / "list.txt"))
     (tmp_path / "list.txt").write_text("0.png\n\n./1.png\n2.png\n")
     train.main(small("run", "--tasks", "denoise", "dehaze", "--list", tmp_path / "list.txt", "--steps", 1))
     rows = json.loads((tmp_path / "run/hard.json").read_text())["rows"]

@@ -259,7 +259,10 @@ def test_what_is_wrong_is_named_and_decides_the_exit_code(published, capsys):
         (published / "Train/Enhance/gt" / name).unlink()
     code, lines = look(published, capsys, "--tasks", "lowlight")
     assert code == 1 and any("train.py would fail: " in line for line in lines)
-    assert any("Train/Enhance/low/NAME, gt/NAME: LOL, 485" in line for line in lines)
+    assert any(line.split() == ["Train/Enhance", "0", "485", "LOL;", "2", "problem(s)"] for line in lines)
+    for name in ("2.png", "779.png"):
+        (published / "Train/Enhance/low" / name).unlink()
+    assert any("Train/Enhance/low/NAME, gt/NAME: LOL, 485" in line for line in look(published, capsys, "--tasks", "lowlight")[1])
 
 
 def test_pairs_in_folders_of_scenes(tmp_path):
@@ -273,7 +276,24 @@ def test_pairs_in_folders_of_scenes(tmp_path):
 def test_a_folder_that_links_to_its_parent_ends(tmp_path):
     write(tmp_path / "a/1.png")
     (tmp_path / "a/again").symlink_to(tmp_path)
-    assert [p.removeprefix(str(tmp_path)) for p in data.images_in(tmp_path, recursive=True)][0] == "/a/1.png"
+    assert data.images_in(tmp_path, recursive=True) == [str(tmp_path / "a/1.png")]
+    assert data.images_in(tmp_path / "a", recursive=True)[0] == str(tmp_path / "a/1.png")
+
+
+def test_files_that_number_alike_are_sorted_alike_everywhere(tmp_path):
+    for name in ("a01", "a1", "a10", "a2"):
+        write(tmp_path / f"{name}.png")
+    assert [data.stem(p) for p in data.images_in(tmp_path)] == ["a01", "a1", "a2", "a10"]
+
+
+def test_a_folder_without_one_pair_is_not_called_absent(published, capsys):
+    for name in ("1", "2", "200"):
+        (published / f"Train/Derain/gt/norain-{name}.png").rename(published / f"Train/Derain/gt/rain-{name}.png")
+    code, lines = look(published, capsys, "--tasks", "derain")
+    assert code == 1 and any(line.split() == ["Train/Derain", "0", "200", "Rain100L;", "6", "problem(s)"] for line in lines)
+    assert any("rain-1.png has no clean image norain-1.*" in line for line in lines) and not any("not there" in line for line in lines[:3])
+    with pytest.raises(data.DataError, match="no pairs in AdaIR's layout .* for derain; 6 file.s. have no partner, as .*rainy/rain-1.png has no clean image"):
+        data.list_training(published, tasks=["derain"])
 
 
 def test_the_program_on_real_pairs(capsys):

@@ -103,6 +103,16 @@ def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, si
     assert "does not hold an image" in judges.score_lines(None, [(1, line)])[0]["error"]
 
 
+def test_no_image_is_a_program(tmp_path):
+    """PostScript, which Pillow would hand to Ghostscript, under the name of a picture."""
+    (tmp_path / "e.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n")
+    with Image.open(tmp_path / "e.png") as image:
+        assert image.format == "EPS"  # left to itself, it would
+    for read in (data.read_image, data.image_size):
+        with pytest.raises(data.DataError, match="e.png cannot be read as an image"):
+            read(tmp_path / "e.png")
+
+
 def test_lines_without_end_are_not_kept(tmp_path, monkeypatch):
     """Both sides of the judge's protocol read a line of any length in pieces."""
 
