@@ -36,8 +36,8 @@ NEW_MODEL = dict(dim=48, blocks=[4, 6, 6, 8], refinement=4, rate=0.25)
 
 # What a preset sets; any flag given on the command line wins over it.
 PRESETS = {
-    "demo": dict(steps=200, epochs=0, batch_size=1, lr=1e-5, head_lr_factor=600.0, eval_every=100, rewards="default"),
-    "paper": dict(steps=0, epochs=30, batch_size=1, lr=3e-5, head_lr_factor=6.0, eval_every=5000, rewards="paper"),
+    "demo": dict(steps=200, epochs=0, batch_size=1, lr=1e-5, head_lr_factor=600.0, eval_every=100, save_every=50, rewards="default"),
+    "paper": dict(steps=0, epochs=30, batch_size=1, lr=3e-5, head_lr_factor=6.0, eval_every=5000, save_every=500, rewards="paper"),
 }
 
 
@@ -715,7 +715,7 @@ def post_train_parser():
     add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
     add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
     add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
-    add("--save-every", 50, "steps between checkpoints, last.pt", runs.number(int, 1))
+    add("--save-every", None, "steps between checkpoints, last.pt", runs.number(int, 1))
     add("--keep-every", 0, "steps between checkpoints that are kept, step-N.pt; 0: none", runs.number(int, 0))
     add("--max-minutes", None, "end with a checkpoint after so long; --resume takes another", runs.number(float, 0, open_low=True))
     return p
@@ -827,8 +827,10 @@ def main(argv):
         return parser.fail(runs.NO_MEMORY)
     except KeyboardInterrupt:
         return parser.fail("stopped at once; --resume RUN goes on from the last checkpoint, the same command if it was pre-training")
-    except torch._dynamo.exc.TorchDynamoException as error:
-        return parser.fail(no_compiler(error))
+    except Exception as error:
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):  # naming it loads it, for seconds
+            return parser.fail(no_compiler(error))
+        raise
     finally:
         runs.leave()
 

@@ -84,23 +84,23 @@ def flags_in(folder, name, *more):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(once):
-    """28 images mined in two shares, 7 hard ones trained on in 3 epochs, so that one process has no image in the last step, 7 measured on; ended by SIGTERM
-    to both on the way, and resumed by two."""
-    flags = ["--epochs", 3, "--eval-every", 2, "--inner-epochs", 2, "--save-every", 1000]
+    """28 images mined in two shares, 7 hard ones trained on, so that one process has no image in the last step, 7 measured on; ended by SIGTERM to both
+    on the way, and resumed by two."""
+    flags = ["--epochs", 1, "--eval-every", 2, "--inner-epochs", 2, "--save-every", 1000]
     both = torchrun("train.py", flags_in(once, "two", *flags, "--batch-size", 1))
-    until(lambda: lines(once / "two/metrics.jsonl") >= 2)
+    until(lambda: lines(once / "two/metrics.jsonl") >= 1)
     for pid in workers(both):
         os.kill(pid, signal.SIGTERM)
     output = finish(both)
     stopped = adair.read_checkpoint(once / "two/last.pt")
-    assert 2 <= stopped["step"] < 11 and f"stopped by SIGTERM, after step {stopped['step']}; --resume {once / 'two'} goes on" in output
+    assert 1 <= stopped["step"] < 4 and f"stopped by SIGTERM, after step {stopped['step']}; --resume {once / 'two'} goes on" in output
     output = finish(torchrun("train.py", ["--resume", once / "two"]))
     assert "mean of tasks" in output and "not equal to the bit" not in output  # the weights of both processes
     train.main(flags_in(once, "one", *flags, "--batch-size", 2))
     one, two = (adair.read_checkpoint(once / name / "last.pt") for name in ("one", "two"))
     started = policies.policy_for(adair.load_adair(once / "init.pt")).state_dict()
     assert largest_difference(one, two) < 1e-5 < largest_difference(one, dict(policy=started), ["policy"])
-    assert one["step"] == two["step"] == 11 and one["total"] == two["total"] == 21
+    assert one["step"] == two["step"] == 4 and one["total"] == two["total"] == 7
     for a, b in zip(metrics(once / "one"), metrics(once / "two"), strict=True):
         assert {k: v for k, v in a.items() if k != "step_time"} == pytest.approx({k: v for k, v in b.items() if k != "step_time"}, rel=1e-2, abs=1e-3)
     hard = [json.loads((once / name / "hard.json").read_text())["rows"] for name in ("one", "two")]
@@ -168,16 +168,19 @@ def test_what_arrives_while_others_are_waited_for_is_not_forgotten(monkeypatch):
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(small, tmp_path):  # noqa: F811
     """SIGKILL once in training, then at two moments of chance anywhere: the same weights, log and report as in one go."""
-    begun = time.time()
-    finish(start(small("whole", "--keep-every", 5), 2))
-    takes, run, moments = time.time() - begun, tmp_path / "killed", random.Random(time.time_ns())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # as the others
+    train.main(small("whole", "--keep-every", 5))
+    torch.set_num_threads(threads)
+    run, moments, begun = tmp_path / "killed", random.Random(time.time_ns()), time.time()
     killed = start(small("killed"), 2)
     until(lambda: lines(run / "metrics.jsonl") >= 6)
+    takes = time.time() - begun
     for _ in range(2):
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         killed = start(["--resume", str(run)], 2)
-        moment = moments.uniform(0.2, 1) * takes
+        moment = moments.uniform(0.2, 1.4) * takes
         print(f"killed after {moment:.2f} s of some {takes:.2f}; {lines(run / 'metrics.jsonl')} steps were logged")
         time.sleep(moment)
     killed.send_signal(signal.SIGKILL)
