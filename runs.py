@@ -1,6 +1,7 @@
 """The plumbing of a run: its processes, its end, its folder, atomic files, metrics, figures. Nothing of the method is here."""
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import importlib
@@ -111,6 +112,8 @@ def join(wanted):
     GPUs its own. Raises RunError where there is none for it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return wanted
+    if "LOCAL_RANK" not in os.environ:
+        raise RunError("WORLD_SIZE is set, but torchrun did not start this process: unset it, or start with torchrun")
     if on_gpu(wanted):
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if torch.device(wanted).index is not None or local >= there:
@@ -145,16 +148,16 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-class collective:
+@contextlib.contextmanager
+def collective():
     """Around what all processes do together: raises Lost if one of them does not."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if kind and issubclass(kind, RuntimeError) and not issubclass(kind, torch.OutOfMemoryError):  # gloo has no class of its own
-            reason = str(error).split("\n")[0].split(". ")[0][-200:]
-            raise Lost(f"another process of this run ended or hangs ({reason}); its own message, if it had one, says why") from None
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo has no class of its own
+        reason = str(error).split("\n")[0].split(". ")[0][-200:]
+        raise Lost(f"another process of this run ended or hangs ({reason}); its own message, if it had one, says why") from None
 
 
 def gather(value):
