@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -556,7 +556,8 @@ def plot_curves(folder, rows):
     gates = [k for k in rows[-1] if ".g_" in k and k.endswith("/mean")]
     shown = {*rows[-1], "psnr_gain", *(["policy/gates"] if gates else [])}
     panels = [(key, title) for key, title in panels if key in shown]
-    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(12, 2.6 * -(-len(panels) // 3)), squeeze=False)
+    height = 2.6 * -(-len(panels) // 3)
+    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(12, height), squeeze=False)
     steps = np.array([row["step"] for row in rows])
 
     def draw(axis, values, label=None, color="C0"):
@@ -584,23 +585,26 @@ def plot_curves(folder, rows):
         axis.axis("off")
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=8)
-    figure.tight_layout()
+    figure.subplots_adjust(0.04, 0.45 / height, 0.99, 1 - 0.3 / height, 0.16, 0.35)
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     plt.close(figure)
 
 
-def plot_samples(path, samples, names=("input", "before", "after", "truth")):
-    """One row per (title, input, …, truth), images (3, H, W) under `names`, captioned with their PSNR."""
-    plt = pyplot()
-    figure, axes = plt.subplots(len(samples), len(names), figsize=(2.4 * len(names), 2.55 * len(samples)), squeeze=False)
-    for row, (title, *images) in zip(axes, samples):
-        for axis, name, image in zip(row, names, images):
-            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            caption = name if name == "truth" else f"{name}  {data.psnr(image, images[-1]):.2f} dB"
-            axis.set_title(caption, fontsize=8)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def plot_samples(path, samples, names=("input", "before", "after", "truth"), width=264, gap=6, line=18):
+    """A picture with one row per (title, input, …, truth), images (3, H, W) under `names`, `width` px wide each, captioned with their PSNR."""
+    heights = [round(width * images[0].shape[1] / images[0].shape[2]) + line for _, *images in samples]
+    sheet = Image.new("RGB", ((width + gap) * len(names) + gap, sum(heights) + gap * (len(heights) + 1)), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(12), gap
+    for (title, *images), height in zip(samples, heights):
+        for column, (name, image) in enumerate(zip(names, images)):
+            left = gap + column * (width + gap)
+            said = f"{title}: {name}" if column == 0 else name
+            said += "" if name == "truth" else f"  {data.psnr(image, images[-1]):.2f} dB"
+            draw.text((left, top), said, "black", font)
+            pixels = Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+            how = Image.Resampling.NEAREST if image.shape[2] < width else Image.Resampling.LANCZOS
+            sheet.paste(pixels.resize((width, height - line), how), (left, top + line))
+        top += height + gap
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="png")
+    write_atomic(path, buffer.getvalue())
