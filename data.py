@@ -825,12 +825,14 @@ def known_set(folder):
 
 def inventory(root, tasks=None, crop=128, decode=True):
     """What a data folder holds, in lines of text, and why a training or an evaluation on it would fail: (lines, failures)."""
-    lines, missing, problems, failures = [], [], [], []
+    lines, missing, problems, failures, there, broken = [], [], [], [], set(), set()  # broken: (gt, degraded) that cannot be decoded
 
     def take(folder, samples, found, known, min_side):
         _, title, stated, _ = known or ((), "out of domain", None, "")
         usable, more = check_headers(samples, min_side)
-        found = found + more + (check_pixels(usable)[1] if decode else [])
+        decoded, undecodable = check_pixels(usable) if decode else (usable, [])
+        found = found + more + undecodable
+        broken.update({(s.gt, s.degraded) for s in usable} - {(s.gt, s.degraded) for s in decoded})
         problems.extend(found)
         lines.append(f"{folder:28} {len(samples):>7} {stated or '-':>7}  {title}" + (f"; {len(found)} problem(s)" if found else ""))
         return found
@@ -842,10 +844,10 @@ def inventory(root, tasks=None, crop=128, decode=True):
         if is_wanted(known):
             samples, found = find_adair_train(root, known[0][:1])
             if samples or found:
+                there.add(folder)
                 take(folder, samples, found, known, crop)
             else:
                 missing.append(f"{folder}/{known[3]}: {known[1]}, {known[2]}")
-    there = set()
     for name, (folder, samples, found) in find_adair_test(root).items():
         if name.endswith((" σ=25", " σ=50")):  # the same images as σ = 15
             continue
@@ -857,8 +859,7 @@ def inventory(root, tasks=None, crop=128, decode=True):
     try:
         train, val, _ = list_training(root, tasks=tasks)
         train, val = check_headers(train, crop)[0], check_pixels(check_headers(val, 16)[0])[0]
-        broken = {problem.split(" cannot be read as an image")[0] for problem in problems}
-        train = [s for s in train if s.gt not in broken and s.degraded not in broken]
+        train = [s for s in train if (s.gt, s.degraded) not in broken]
         if not train or not val:
             raise DataError(f"no {'image to measure on' if train else f'training image of {crop} px'} is left")
         lines.append(f"\ntrain.py would train on {len(train)} samples and set {len(val)} aside (a clean image is three: σ 15, 25, 50)")
@@ -867,13 +868,13 @@ def inventory(root, tasks=None, crop=128, decode=True):
     sections = [f"{'':28} {'found':>7} {'stated':>7}", *lines]
     sections += ["\nnot there:", *missing] if missing else []
     sections += [f"\n{len(problems)} problem(s):", *problems[:50], *(["…"] if len(problems) > 50 else [])] if problems else []
-    if {"Train/Denoise", "Train/Derain"} <= {line.split()[0] for line in lines if line.strip()} or "test/derain/Rain100L" in there:
+    if {"Train/Denoise", "Train/Derain"} <= there or "test/derain/Rain100L" in there:
         sections.append(f"\nnote: {OVERLAP}")
     return sections + [""] + failures, failures
 
 
 def main(argv):
-    import runs
+    import runs  # the program alone: to whoever imports this file, imports point one way
 
     p = runs.Parser(prog="data.py", description=__doc__, formatter_class=runs.HelpFormatter)
     p.add_argument("--data-root", required=True, help="folder in AdaIR's layout, as train.py and eval.py take it")

@@ -72,10 +72,9 @@ def evaluate_sets(restorers, sets, tile=None, lpips=None, folder=None):
 
 def lpips_of(weights_dir, device):
     """(y, gt) -> LPIPS (AlexNet) of two images (3, H, W) in [0, 1], if its weights are there, else None."""
-    file, source = rewards.DOWNLOADS["lpips"]
-    path = Path(weights_dir or rewards.default_weights_dir()) / file
+    path = rewards.weight_path("lpips", weights_dir)
     if not path.is_file():
-        print(f"LPIPS is not measured: {path} is not there (from {source}{file})")
+        print(f"LPIPS is not measured: {path} is not there (from {rewards.DOWNLOADS['lpips'][1]}{path.name})")
         return None
     net = rewards.load_net("lpips", path).to(device)
 

@@ -279,10 +279,15 @@ def default_weights_dir():
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
+def weight_path(term, weights_dir=None):
+    """Where the weights a term needs are, or would be."""
+    return Path(weights_dir or default_weights_dir()) / DOWNLOADS[term][0]
+
+
 def weight_file(term, weights_dir=None):
     """Path of the weights a term needs, downloaded once. Raises RewardError, within seconds when there is no network."""
     name, base = DOWNLOADS[term]
-    path = Path(weights_dir or default_weights_dir()) / name
+    path = weight_path(term, weights_dir)
     if path.is_file():
         return path
     url = base + name.replace("+", "%2B")

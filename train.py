@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import copy
 import itertools
-import json
 import math
 import os
 import shlex
@@ -254,11 +253,7 @@ def post_train(args, interrupts, judge=None):
             updating = True
             metrics = update(model, policy, ref, reward, optimizer, batch, args, seen / total, judge)
             step, seen, updating = step + 1, seen + together, False
-            names, broken, judged = runs.exchange(batch, judge, interrupts)
-            report_skipped(broken)
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped == SKIPS_IN_A_ROW:
-                raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
+            skipped, judged = after_step(batch, metrics, skipped, interrupts, judge)
             metrics |= judged | {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor, "step_time": time.perf_counter() - start}
             log.write(step, metrics)
             shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
@@ -314,6 +309,17 @@ def update(model, policy, ref, reward, optimizer, batch, args, progress, judge):
         metrics |= optimizer_step(optimizer, more, len(names))
         metrics["skipped"] = max(metrics["skipped"], skipped)
     return metrics
+
+
+def after_step(batch, metrics, skipped, interrupts, judge=None):
+    """What all processes do after a step, done or skipped: tell each other and the user. skipped: how many before it were, in a row; returns (that number now, the
+    judge's metrics). Raises RunError when it is SKIPS_IN_A_ROW."""
+    names, broken, judged = runs.exchange(batch, judge, interrupts)
+    report_skipped(broken)
+    skipped = skipped + 1 if metrics["skipped"] else 0
+    if skipped == SKIPS_IN_A_ROW:
+        raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
+    return skipped, judged
 
 
 def mine_hard(args, run, restore, digest, known, train, resumed):
@@ -603,7 +609,8 @@ def pretrain(args, interrupts):
             together = batch * runs.processes()
             end = next((s for s in range(step, args.steps) if stage(s) != (crop, batch)), args.steps)
             crops = data.Crops(samples, crop, args.seed, end * together, fresh=True, cycle=args.cycle)
-            for degraded, gt, _, names, _, broken in runs.batches(crops, batch, step * together, args.workers, args.device):
+            for loaded in runs.batches(crops, batch, step * together, args.workers, args.device):
+                degraded, gt, _, names, *_ = loaded
                 interrupts.hold()  # a step is done whole or not at all
                 warm_up, decay = min(1, (step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
                 optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
@@ -618,11 +625,7 @@ def pretrain(args, interrupts):
                 if not metrics["skipped"]:
                     ema.update_parameters(net)
                 step += 1
-                names, broken, _ = runs.exchange((names, None, broken), None, interrupts)
-                report_skipped(broken)
-                skipped = skipped + 1 if metrics["skipped"] else 0
-                if skipped == SKIPS_IN_A_ROW:
-                    raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
+                skipped, _ = after_step(loaded, metrics, skipped, interrupts)
                 bar.update()
                 if step % 20 == 0 and "loss/total" in metrics:
                     bar.set_postfix(l1=f"{metrics['loss/total']:.4f}", crop=crop)

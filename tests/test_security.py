@@ -21,7 +21,6 @@ import eval as evaluation
 import judge as judges
 import model as adair
 import rewards
-import runs
 import train
 
 
