@@ -1,41 +1,116 @@
-"""Time and memory of one IRPO step, of AdaIR's forward and of mining, each against the same thing written plainly.
+"""Time and memory of one IRPO step, of AdaIR's forward and of mining, each against the same thing
+written plainly.
 
-    python bench.py                       a step, its parts and inference; the demo model
-    python bench.py --model paper         the same at the published size, random weights
-    python bench.py scaling               what a step and a restored photo cost as they grow; writes a table and a plot
+    python bench.py                       a step, its parts and inference; the demo model python
+    bench.py --model paper         the same at the published size, random weights python bench.py
+    scaling               what a step and a restored photo cost as they grow; a table and a plot
     python bench.py mining                images per second of hard mining
 
-Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of medians. Figures of
-two runs, and of two machines, cannot be compared.
+Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of
+medians. Figures of two runs, and of two machines, cannot be compared.
 """
 
-import argparse
+import contextlib
 import copy
 import gc
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 import types
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory here, talks on standard error
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory here, talks
 
 import torch
 import torch.nn.functional as F
+import tyro
 
-import data
-import grpo
-import model as adair
-import policy as policies
-import rewards
+import mining
+import report
 import runs
 import train
+from data import EMBEDDED_TRAIN, DataError, list_embedded, list_training, load_pair
+from grpo import group_advantages, grpo_loss, rollout, supervised_losses, total_loss
+from metrics import psnr
+from model import (
+    AFLB,
+    AdaIR,
+    Attention,
+    CheckpointError,
+    CrossAttention,
+    Encoding,
+    FeedForward,
+    LayerNorm,
+    Resample,
+    load_adair,
+    restore,
+)
+from rewards import Reward, parse_terms
 
-# ------------------------------------------------------------------------------------------ AdaIR, written plainly
-# What `model.py` does otherwise, the way the equations read: forward methods that take the place of ours.
+
+@dataclass
+class Config:
+    """Measure."""
+
+    what: tyro.conf.Positional[Literal["both", "step", "inference", "mining", "scaling"]] = "both"
+    """both: step and inference"""
+    model: Literal["demo", "paper"] = "demo"
+    """paper: Table 6's size, random weights"""
+    crop: int = 128
+    """px a side, of the step; 16 to 400"""
+    group_size: int = 4
+    """G, of the step"""
+    batch_size: int = 1
+    """images, of the step"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: autocast on our side alone; fp64: of both backbones"""
+    sizes: tuple[int, ...] = (256, 512)
+    """px a side, of inference"""
+    groups: tuple[int, ...] = (2, 4, 8, 16)
+    """G, of scaling"""
+    crops: tuple[int, ...] = (64, 128, 192, 256)
+    """px a side, of scaling"""
+    megapixels: tuple[float, ...] = (0.25, 1.0, 2.0, 4.0)
+    """photos, of scaling"""
+    plot: str = "cost.png"
+    """PNG that scaling draws"""
+    data_root: str | None = None
+    """images, of mining; without it, the embedded photographs"""
+    images: int = 35
+    """how many, of mining"""
+    repeats: int = 5
+    """timings of which the median is taken"""
+    seed: int = 0
+    """of weights, crops and actions"""
+
+
+def check(config):
+    """Raises RunError, in one sentence, for values that cannot work."""
+    least = dict.fromkeys(("group_size", "batch_size", "groups", "images", "repeats"), 1)
+    least |= dict(seed=0, crop=16, crops=16, megapixels=0.01)
+    runs.check_numbers(config, least=least, most=dict(crop=400, crops=400, seed=2**31 - 1))
+    runs.check_multiple_of_8("--crop", config.crop)
+    runs.check_multiple_of_8("--crops", *config.crops)
+    runs.check_multiple_of_8("--sizes", *config.sizes)
+    runs.check_device(config.device)
+    if config.what in ("mining", "scaling") and config.dtype != "fp32":
+        raise runs.RunError(f"{config.what} is measured in fp32")
+    plot = Path(config.plot)
+    if config.what == "scaling" and (plot.suffix != ".png" or not plot.resolve().parent.is_dir()):
+        raise runs.RunError(f"--plot: {plot} must be a .png in a folder that exists")
+
+
+# ------------------------------------------------------------------------------------------ AdaIR,
+# written plainly What `model.py` does otherwise, the way the equations read: forward methods that
+# take the place of ours.
 
 
 def plain_layer_norm(self, x):
@@ -59,7 +134,9 @@ def plain_attention(self, x):
 
 def plain_cross_attention(self, x, y):
     k, v = self.kv_dwconv(self.kv(y)).chunk(2, dim=1)
-    return self.project_out(plain_channel_attention(self.q_dwconv(self.q(x)), k, v, self.temperature))
+    return self.project_out(
+        plain_channel_attention(self.q_dwconv(self.q(x)), k, v, self.temperature)
+    )
 
 
 def plain_feed_forward(self, x):
@@ -68,31 +145,36 @@ def plain_feed_forward(self, x):
 
 
 def plain_aflb(self, x, y, mask_rule, rates, control=None):
-    """Spec of the original: roll, mask, roll back and invert, once for either band; the mask is filled in a loop."""
+    """Spec of the original: roll, mask, roll back and invert, once for either band; the mask is
+    filled in a loop."""
     b, _, h, w = y.shape
     f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
     if control is not None:
-        r_h, r_l, g_f, g_o = control(f, y).unbind(dim=1)
-        rate = torch.stack((r_h, r_l), dim=1)
+        controls = control(f, y)
+        rate, g_f, g_o = controls[:, :2], *controls[:, 2:, None, None, None].unbind(dim=1)
     elif mask_rule == "adair":
         rate = self.rate_conv(f.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
     else:
         rate = f.new_tensor(rates).expand(b, 2)
     mask = torch.zeros_like(f)
     for i in range(b):
-        rows, columns = (int(self.half_size(rate[i, j], side, mask_rule)) for j, side in ((0, h), (1, w)))
-        mask[i, :, h // 2 - rows : h // 2 + rows, w // 2 - columns : w // 2 + columns] = 1
+        rows = int(self.half_size(rate[i, 0], h, mask_rule))
+        columns = int(self.half_size(rate[i, 1], w, mask_rule))
+        inside = slice(h // 2 - rows, h // 2 + rows), slice(w // 2 - columns, w // 2 + columns)
+        mask[i, :, *inside] = 1
     spectrum = torch.roll(torch.fft.fft2(f, norm="forward"), (h // 2, w // 2), dims=(2, 3))
 
     def back(part):
-        return torch.fft.ifft2(torch.roll(part, (-(h // 2), -(w // 2)), dims=(2, 3)), norm="forward").abs()
+        return torch.fft.ifft2(
+            torch.roll(part, (-(h // 2), -(w // 2)), dims=(2, 3)), norm="forward"
+        ).abs()
 
     low, high = back(spectrum * mask), back(spectrum * (1 - mask))
     high, low = self.channel_cross_l(high, y), self.channel_cross_h(low, y)
     o = self.channel_cross_agg(y, self.frequency_refine(low, high))
     if control is None:
         return self.para2 * y + self.para1 * o
-    return g_f[:, None, None, None] * (self.para2 * y) + g_o[:, None, None, None] * (self.para1 * o)
+    return g_f * (self.para2 * y) + g_o * (self.para1 * o)
 
 
 def plain_resample(self, x):
@@ -103,21 +185,22 @@ def plain_encode(self, x):
     skip1 = self.encoder_level1(self.patch_embed(x))
     skip2 = self.encoder_level2(self.down1_2(skip1))
     skip3 = self.encoder_level3(self.down2_3(skip2))
-    return adair.Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
+    return Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
 
 
 PLAIN = {
-    adair.LayerNorm: plain_layer_norm,
-    adair.Attention: plain_attention,
-    adair.CrossAttention: plain_cross_attention,
-    adair.FeedForward: plain_feed_forward,
-    adair.AFLB: plain_aflb,
-    adair.Resample: plain_resample,
+    LayerNorm: plain_layer_norm,
+    Attention: plain_attention,
+    CrossAttention: plain_cross_attention,
+    FeedForward: plain_feed_forward,
+    AFLB: plain_aflb,
+    Resample: plain_resample,
 }
 
 
 def plain_adair(model):
-    """A copy of the model that computes the same the plain way, in the layout its layers happen to return."""
+    """A copy of the model that computes the same the plain way, in the layout its layers happen to
+    return."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in plain.modules():
         if type(module) in PLAIN:
@@ -126,49 +209,40 @@ def plain_adair(model):
     return plain
 
 
-def plain_step(model, policy, ref, reward, batch, args, progress, actions):
-    """The step of `train.irpo_step` with these actions (B·G, 3, 4), written plainly: every rollout a forward of its own
-    with graph, every image rewarded by itself. Leaves gradients; returns the loss."""
-    degraded, gt, tasks = batch
-    group, states, scores, best, deterministic = args.group_size, [], [], [], []
-    for b in range(len(gt)):
-        x, truth, outputs, r = degraded[b : b + 1], gt[b : b + 1], [], []
-        for g in range(group):
-            i = b * group + g
-            controller = policy.replay(actions[i : i + 1])
+def plain_step(state, reward, batch, config, actions):
+    """The step of `train.post_train` with these actions (B, G, 3, 4), written plainly: every
+    rollout a forward of its own with graph, every image rewarded by itself. Leaves gradients;
+    returns the loss."""
+    model, policy = state.model, state.policy
+    states, scores, best, deterministic = [], [], [], []
+    for b in range(len(batch.gt)):
+        one = slice(b, b + 1)
+        x, truth, outputs, r = batch.degraded[one], batch.gt[one], [], []
+        for action in actions[b]:
+            controller = policy.replay(action[None])
             outputs.append(model(x, controller))
             states.append(controller.states)
-            r.append(reward(outputs[-1], truth, tasks[b : b + 1])[0].item())
+            r.append(reward(outputs[-1][:, None], x, truth, batch.tasks[one])[0].item())
         best.append(outputs[r.index(max(r))])
         deterministic.append(model(x, policy.mean()))
         scores.append(r)
-    advantages = grpo.group_advantages(torch.tensor(scores, device=gt.device))
-    l_sup, l_cons = grpo.supervised_losses(torch.cat(best), torch.cat(deterministic), gt)
-    states = [[torch.cat(kind) for kind in zip(*level)] for level in zip(*states)]
+    advantages = group_advantages(torch.tensor(scores, device=batch.gt.device))
+    losses = supervised_losses(torch.cat(best), torch.cat(deterministic), batch.gt)
+    shape = actions.shape[:2]
+    states = [
+        [torch.cat(kind).unflatten(0, shape) for kind in zip(*level)] for level in zip(*states)
+    ]
     with torch.no_grad():
-        logp_old, logp_ref = policy.log_prob(states, actions), ref.log_prob(states, actions)
-    rl, _ = train.policy_loss(policy, ref, (states, actions, logp_old, logp_ref, advantages), args)
-    loss = grpo.total_loss(rl, l_sup, l_cons, progress)
+        old, ref = (heads.evaluate(states, actions)[0] for heads in (policy, state.reference))
+    log_prob, entropy, _ = policy.evaluate(states, actions)
+    weights = config.policy.clip, config.policy.kl_beta, config.policy.entropy_tau
+    loss_rl, _ = grpo_loss(log_prob, old, ref, advantages, entropy, *weights)
+    loss = total_loss(loss_rl, *losses, state.progress)
     loss.backward()
     return loss
 
 
-# --------------------------------------------------------------------------------------------------- measuring
-
-
-def seconds(functions, repeats, device):
-    """Medians of `repeats` timings of every function, taken in turns after one warm-up each."""
-    times = [[] for _ in functions]
-    for turn in range(repeats + 1):
-        for function, taken in zip(functions, times):
-            gc.collect()
-            wait_for(device)
-            start = time.perf_counter()
-            function()
-            wait_for(device)
-            if turn:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+# --------------------------------------------------------------------------------------- measuring
 
 
 def wait_for(device):
@@ -176,291 +250,317 @@ def wait_for(device):
         torch.cuda.synchronize(device)
 
 
-def peak_memory(function, device):
-    """MiB of tensors that function() holds at its height, beyond what was held before: not weights and Adam's moments,
-    which it is the caller's to have, with no gradients left over. (A process takes more than its tensors.)"""
+@contextlib.contextmanager
+def stopwatch(device, times):
+    """Appends the seconds that the block takes to `times`."""
+    gc.collect()
+    wait_for(device)
+    start = time.perf_counter()
+    yield
+    wait_for(device)
+    times.append(time.perf_counter() - start)
+
+
+def seconds(functions, repeats, device):
+    """Medians of `repeats` timings of every function, taken in turns after one warm-up each."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, taken in zip(functions, times):
+            with stopwatch(device, taken):
+                function()
+    return [statistics.median(taken[1:]) for taken in times]
+
+
+@contextlib.contextmanager
+def peak_memory(device, peaks):
+    """Appends the MiB of tensors that the block holds at its height, beyond what was held before:
+    not weights and Adam's moments, which it is the caller's to have, with no gradients left over.
+    (A process takes more than its tensors.)"""
     gc.collect()
     if runs.on_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        function()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
+        yield
+        peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        return
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        yield
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak / 2**20
+    peaks.append(peak / 2**20)
+
+
+def memory_of(function, device):
+    peaks = []
+    with peak_memory(device, peaks):
+        function()
+    return peaks[0]
 
 
 def gradients(*modules):
-    return {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
+    named = (pair for module in modules for pair in module.named_parameters())
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def distance(ours, plain):
-    """Of two sets of gradients {name: tensor}: ‖a − b‖/‖b‖ of all in one vector; the largest max|a − b|/max|b| of a
-    tensor, and its name."""
+    """Of two sets of gradients {name: tensor}: ‖a − b‖/‖b‖ of all in one vector; the largest max|a
+    − b|/max|b| of a tensor, and its name."""
     assert ours.keys() == plain.keys()
-    whole = torch.stack([(ours[k] - g).norm() for k, g in plain.items()]).norm() / torch.stack([g.norm() for g in plain.values()]).norm()
-    worst = max((((ours[k] - g).abs().max() / g.abs().max().clamp(min=1e-30)).item(), k) for k, g in plain.items())
-    return whole.item(), *worst
+    difference = torch.stack([(ours[k] - g).norm() for k, g in plain.items()]).norm()
+    whole = difference / torch.stack([g.norm() for g in plain.values()]).norm()
+
+    def of_one(name):
+        largest = plain[name].abs().max().clamp(min=1e-30)
+        return ((ours[name] - plain[name]).abs().max() / largest).item()
+
+    name = max(plain, key=of_one)
+    return whole.item(), of_one(name), name
 
 
-# -------------------------------------------------------------------------------------------------- what is timed
+class TimedRun(runs.Run):
+    """A run whose loop is given one batch again and again, and is timed.
+
+    rivals(state, batch) -> functions that are timed in turns with it. `times` has, of the loop and
+    then of each rival, a list of seconds, the first of a warm-up; `peaks` the MiB of the loop's
+    step. loss and gradient are those of the first.
+    """
+
+    def __init__(self, folder, repeats, dtype=torch.float32, rivals=lambda state, batch: []):
+        super().__init__(folder, runs.Stop(), "", save_every=1 << 60)
+        self.repeats, self.dtype, self.rivals = repeats, dtype, rivals
+        self.peaks = []
+
+    def batches(self, crops, size, workers, device):
+        state, self.crops = self.state, 0  # the state stays what it is
+        for parameter in state.reference.parameters():  # else the KL and its gradient are 0
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        batch = crops.collate([crops[n] for n in range(size)])
+        degraded, gt = (t.to(device, self.dtype) for t in (batch.degraded, batch.gt))
+        batch = batch._replace(degraded=degraded, gt=gt)
+        self.names, rivals = batch.names, self.rivals(state, batch)
+        self.times = [[] for _ in (self, *rivals)]
+        for turn in range(self.repeats + 1):
+            with stopwatch(device, self.times[0]):
+                yield batch
+            if turn == 0:
+                self.gradient = gradients(state.model, state.policy)
+            for rival, taken in zip(rivals, self.times[1:]):
+                with stopwatch(device, taken):
+                    rival()
+        state.model.zero_grad(), state.policy.zero_grad()
+        with peak_memory(device, self.peaks):
+            yield batch
+
+    def finish(self, metrics):
+        self.metrics = metrics
+        super().finish(metrics)
+
+    def medians(self):
+        return [statistics.median(taken[1:]) for taken in self.times]
 
 
-def build(args):
+def time_step(config, model, crop, group_size, rivals=lambda state, batch: []):
+    """The loop of `train.post_train` at rates of 0, on real crops: the TimedRun, when it is
+    over."""
+    flags = ["--lr", 0, "--hard-ratio", 1, "--device", config.device, "--seed", config.seed]
+    flags += ["--crop", crop, "--group-size", group_size, "--batch-size", config.batch_size]
+    flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
+    flags = train.parse([str(flag) for flag in flags])
+    samples = [s._replace(box=()) for s in list_embedded(EMBEDDED_TRAIN)[::9]]
+    reward = Reward(parse_terms("default"), config.device)
+    dtype = model.output.weight.dtype
+    with tempfile.TemporaryDirectory() as folder:
+        rivals = partial(rivals, reward, flags)
+        with TimedRun(folder, config.repeats, dtype, rivals) as run:
+            train.post_train(flags, run, model, reward, samples[: config.batch_size], [])
+    return run
+
+
+# ---------------------------------------------------------------------------------- what is timed
+
+
+def build(config):
     """The model of --model, on its device, in eval mode."""
-    torch.manual_seed(args.seed)
-    if args.model == "demo":
-        model = adair.load_adair(train.DEMO_MODEL)
+    torch.manual_seed(config.seed)
+    if config.model == "demo":
+        model = load_adair(train.DEMO_MODEL)
     else:
-        model = adair.AdaIR(mask_rule="fraction", rates=(0.25, 0.25)).eval()
+        model = AdaIR(mask_rule="fraction", rates=(0.25, 0.25)).eval()
         for block in (model.fre1, model.fre2, model.fre3):
-            torch.nn.init.normal_(block.para1, std=0.1)  # a fresh one is 0, and nothing behind it would get a gradient
-    return model.to(args.device, torch.float64 if args.dtype == "fp64" else torch.float32, memory_format=torch.channels_last)
+            torch.nn.init.normal_(block.para1, std=0.1)  # 0 in a fresh one: no gradient behind it
+    dtype = torch.float64 if config.dtype == "fp64" else torch.float32
+    return model.to(config.device, dtype, memory_format=torch.channels_last)
 
 
-def setting(args, model):
-    """(policy, π_ref, reward, batch of real crops, arguments as train.py has them)."""
-    policy = policies.policy_for(model).to(args.device)
-    ref = policy.frozen_copy()
-    for parameter in ref.parameters():  # otherwise the KL and its gradient are 0
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    flags = f"--group-size {args.group_size} --crop {args.crop} --device {args.device} --amp {args.amp}"
-    reward = rewards.Reward(rewards.parse_terms("default"), args.device)
-    samples = [s._replace(box=()) for s in data.list_embedded(data.EMBEDDED_TRAIN)[::9]]
-    crops = data.Crops(samples, args.crop, args.seed, args.batch_size)
-    degraded, gt, tasks, *_ = data.collate([crops[i] for i in range(args.batch_size)])
-    batch = (degraded.to(args.device, model.output.weight.dtype), gt.to(args.device, model.output.weight.dtype), tasks)
-    return policy, ref, reward, batch, train.parse(flags.split())
-
-
-def our_step(args, model):
-    """step() -> what `train.irpo_step` returned; Adam's included."""
-    policy, ref, reward, batch, flags = setting(args, model)
-    generator, optimizer = torch.Generator(args.device), train.adam(model, policy, flags)
-
-    def step(update=True):
-        optimizer.zero_grad()
-        result = train.irpo_step(model, policy, ref, reward, batch, flags, 0.5, [generator.manual_seed(args.seed)])
-        if update:
-            train.optimizer_step(optimizer, {}, args.batch_size)
-        return result
-
-    return step, (policy, ref, reward, batch, flags)
-
-
-def bench_step(args):
+def bench_step(config):
     """Our step against the plain one, and against the sum of what it cannot avoid."""
-    model = build(args)
-    plain = plain_adair(model)
-    if args.compile:
-        train.compile_blocks(model)
-    step, (policy, ref, reward, batch, flags) = our_step(args, model)
-    plain_policy = copy.deepcopy(policy)
-    plain_optimizer = train.adam(plain, plain_policy, flags)
-    metrics, (_, actions, *_) = step(update=False)
+    found = {}
 
-    def step_plainly(update=True):
-        plain_optimizer.zero_grad()
-        loss = plain_step(plain, plain_policy, ref, reward, batch, flags, 0.5, actions)
-        if update:
-            train.optimizer_step(plain_optimizer, {}, args.batch_size)
-        return loss
-
-    loss = step_plainly(update=False).item()
-    whole, worst, name = distance(gradients(model, policy), gradients(plain, plain_policy))
-    of_loss = abs(metrics["loss/total"].item() - loss) / abs(loss)
-    print(f"  relative differences: loss {of_loss:.1e}, gradient {whole:.1e}; worst tensor of the gradient {worst:.1e} ({name})")
-
-    x, take, half = batch[0], policy.mean(), partial(train.half_precision, flags)
-    with torch.no_grad(), half():
-        encoding = model.encode(x)
-
-    def encode():
-        model.zero_grad()
-        with half():
-            code = model.encode(x)
-        torch.autograd.backward(code[1:], [torch.ones_like(t) for t in code[1:]])
-
-    def decode_group():
+    def rivals(reward, flags, state, batch):
+        plain = copy.copy(state)
+        plain.model, plain.policy = plain_adair(state.model), copy.deepcopy(state.policy)
+        groups = [plain.policy.parameters(), plain.model.parameters()]
+        optimizer = torch.optim.Adam([dict(params=p, lr=0.0) for p in groups], fused=True)
+        half = partial(train.half_precision, flags)
         with torch.no_grad(), half():
-            model.decode(encoding, take, copies=args.group_size)
+            encoding = state.model.encode(batch.degraded)
+            generators = train.action_generators(flags, batch.numbers)
+            group = rollout(state.model, state.policy, encoding, config.group_size, generators)
 
-    def decode_pair():
-        model.zero_grad()
-        with half():
-            restored = model.decode(encoding, take, copies=2)
-        restored.mean().backward()
+        def step_plainly():
+            optimizer.zero_grad()
+            found["loss"] = plain_step(plain, reward, batch, flags, group.actions).item()
+            found.setdefault("gradient", gradients(plain.model, plain.policy))
+            optimizer.step()
 
-    times = seconds((step, step_plainly, encode, decode_group, decode_pair), args.repeats, args.device)
-    memory = []
-    for function in (step, step_plainly):
-        for module in (model, policy, plain, plain_policy):
-            module.zero_grad()
-        memory.append(peak_memory(function, args.device))
-    print(f"  {'step':34} {1000 * times[0]:9.1f} ms {memory[0]:8.0f} MiB")
-    print(f"  {'plain step':34} {1000 * times[1]:9.1f} ms {memory[1]:8.0f} MiB")
-    print(f"  {'plain / ours':34} {times[1] / times[0]:9.2f}    {memory[1] / memory[0]:8.2f}")
-    parts = ("encode, forward and backward", f"decode {args.group_size} without graph", "decode 2, forward and backward")
-    for part, t in zip(parts, times[2:]):
-        print(f"    {part:32} {1000 * t:9.1f} ms")
-    print(f"  {'step / sum of these parts':34} {times[0] / sum(times[2:]):9.2f}")
+        def encode():
+            state.model.zero_grad()
+            with half():
+                code = state.model.encode(batch.degraded)
+            torch.autograd.backward(code[1:], [torch.ones_like(t) for t in code[1:]])
+
+        def decode_group():
+            with torch.no_grad(), half():
+                state.model.decode(encoding, state.policy.mean(), copies=config.group_size)
+
+        def decode_pair():
+            state.model.zero_grad()
+            with half():
+                restored = state.model.decode(encoding, state.policy.mean(), copies=2)
+            restored.mean().backward()
+
+        found["step"], found["zero"] = step_plainly, optimizer.zero_grad
+        return step_plainly, encode, decode_group, decode_pair
+
+    run = time_step(config, build(config), config.crop, config.group_size, rivals)
+    found["zero"]()
+    peaks = [run.peaks[0], memory_of(found["step"], config.device)]
+    whole, worst, name = distance(run.gradient, found["gradient"])
+    loss = abs(run.metrics["loss/total"] - found["loss"]) / abs(found["loss"])
+    print(f"  relative differences: loss {loss:.1e}, gradient {whole:.1e}, {worst:.1e} in {name}")
+    ours, plain, *parts = run.medians()
+    print(f"  {'step':34} {1000 * ours:9.1f} ms {peaks[0]:8.0f} MiB")
+    print(f"  {'plain step':34} {1000 * plain:9.1f} ms {peaks[1]:8.0f} MiB")
+    print(f"  {'plain / ours':34} {plain / ours:9.2f}    {peaks[1] / peaks[0]:8.2f}")
+    group = f"decode {config.group_size} without graph"
+    names = ("encode, forward and backward", group, "decode 2, forward and backward")
+    for name, taken in zip(names, parts):
+        print(f"    {name:32} {1000 * taken:9.1f} ms")
+    print(f"  {'step / sum of these parts':34} {ours / sum(parts):9.2f}")
 
 
-def bench_inference(args):
+def bench_inference(config):
     """AdaIR's forward against the plain one's, without graph."""
-    model = build(args)
+    model = build(config)
     plain = plain_adair(model)
-    if args.compile:
-        train.compile_blocks(model)
-    for side in args.sizes:
-        x = torch.rand(1, 3, side, side, device=args.device, dtype=model.output.weight.dtype)
+    amp = partial(torch.autocast, torch.device(config.device).type, torch.bfloat16)
+    for side in config.sizes:
+        x = torch.rand(1, 3, side, side, device=config.device, dtype=model.output.weight.dtype)
 
         @torch.inference_mode()
-        def ours():
-            with train.half_precision(args):
-                return model(x)
+        def run(net, x=x, half=False):
+            with amp(enabled=half):
+                return net(x)
 
-        @torch.inference_mode()
-        def plainly():
-            return plain(x)
+        both = partial(run, model, half=config.dtype == "bf16"), partial(run, plain)
+        difference = (both[0]() - both[1]()).abs().max().item()
+        ours, plainly = seconds(both, config.repeats, config.device)
+        memory = [memory_of(function, config.device) for function in both]
+        print(f"  {side} px: {1000 * ours:.0f} ms, plain {1000 * plainly:.0f} ms")
+        print(
+            f"    plain / ours {plainly / ours:.2f}, memory {memory[1] / memory[0]:.2f}", end="; "
+        )
+        print(f"{memory[0]:.0f} MiB; largest difference {difference:.1e}")
 
-        difference = (ours() - plainly()).abs().max().item()
-        times = seconds((ours, plainly), args.repeats, args.device)
-        memory = [peak_memory(function, args.device) for function in (ours, plainly)]
-        print(f"  {side} px: {1000 * times[0]:.0f} ms, plain {1000 * times[1]:.0f} ms, plain / ours {times[1] / times[0]:.2f}; memory {memory[0]:.0f} and {memory[1]:.0f} MiB, {memory[1] / memory[0]:.2f}; largest difference {difference:.1e}")
 
-
-def bench_mining(args):
-    """data.mine against a loop that takes image after image, with our AdaIR and with the plain one."""
-    model = build(args)
+def bench_mining(config):
+    """mining.mine against a loop that takes image after image, with our AdaIR and the plain one."""
+    model = build(config)
     plain = plain_adair(model)
-    samples, _, _ = data.list_training(args.data_root)
-    samples = samples[:: max(1, len(samples) // args.images)][: args.images]
-    pixels = 1 << 20 if runs.on_gpu(args.device) else 0
+    samples, _, _ = list_training(config.data_root)
+    samples = samples[:: max(1, len(samples) // config.images)][: config.images]
+    pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
 
     def one_by_one(net):
-        values = []
-        for sample in samples:
-            data.sample_digest(sample)
-            degraded, gt = data.load_pair(sample)
-            values.append(data.psnr(adair.restore(net, degraded), gt))
-        return values
+        pairs = map(load_pair, samples)
+        return [psnr(restore(net, degraded), gt) for degraded, gt in pairs]
 
     def mine():
-        return [row["psnr"] for row in data.mine(partial(adair.restore, model), samples, pixels=pixels)[0]]
+        rows, _ = mining.mine(partial(restore, model), samples, pixels=pixels)
+        return [row["psnr"] for row in rows]
 
     found = mine()
     for net, name in ((model, "our AdaIR"), (plain, "plain AdaIR")):
         difference = max(abs(a - b) for a, b in zip(found, one_by_one(net)))
-        print(f"  PSNRs against a loop over images with {name}: largest difference {difference:.1e} dB")
-    times = seconds((mine, partial(one_by_one, model), partial(one_by_one, plain)), args.repeats, args.device)
-    rate = [len(samples) / t for t in times]
-    print(f"  {len(samples)} images: {rate[0]:.2f} a second; loop, our AdaIR {rate[1]:.2f}, ratio {rate[0] / rate[1]:.2f}; loop, plain AdaIR {rate[2]:.2f}, ratio {rate[0] / rate[2]:.2f}")
+        print(f"  PSNRs against a loop with {name}: largest difference {difference:.1e} dB")
+    functions = mine, partial(one_by_one, model), partial(one_by_one, plain)
+    ours, loop, plainly = seconds(functions, config.repeats, config.device)
+    print(f"  {len(samples)} images: {len(samples) / ours:.2f} a second")
+    print(f"  loop / ours {loop / ours:.2f}, plain loop / ours {plainly / ours:.2f}")
 
 
-def bench_scaling(args):
-    """Our step for growing groups and crops, and `restore` for growing photos: a table (Markdown) and a plot."""
-    model = build(args)
-    print("\n| step: crop | " + " | ".join(f"G = {g}" for g in args.groups) + " |")
-    print("|---" * (1 + len(args.groups)) + "|")
-    plt = runs.pyplot()
+def bench_scaling(config):
+    """Our step for growing groups and crops, and `restore` for growing photos: tables, a plot."""
+    model, plt = build(config), report.pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(14, 3))
-    for crop in args.crops:
-        cells = []
-        for group in args.groups:
-            args.crop, args.group_size = crop, group
-            step, _ = our_step(args, model)
-            time_taken = seconds([step], args.repeats, args.device)[0]
-            model.zero_grad()
-            cells.append((time_taken, peak_memory(step, args.device)))
-        print(f"| {crop} px | " + " | ".join(f"{t:.2f} s, {m:.0f} MiB" for t, m in cells) + " |", flush=True)
-        for axis, values in zip(axes, zip(*cells)):
-            axis.plot(args.groups, values, "o-", label=f"crop {crop}")
-    for axis, title in zip(axes, ("seconds per step", "MiB of tensors per step")):
-        axis.set(title=title, xlabel="G, rollouts per image", xticks=args.groups, ylim=(0, None))
-        axis.legend(fontsize=7)
+    rows = []
+    for crop in config.crops:
+        timed = [time_step(config, model, crop, group, lambda *_: []) for group in config.groups]
+        costs = [(run.medians()[0], run.peaks[0]) for run in timed]
+        rows.append([f"{crop} px", *(f"{t:.2f} s, {m:.0f} MiB" for t, m in costs)])
+        for axis, values in zip(axes, zip(*costs)):
+            axis.plot(config.groups, values, "o-", label=f"crop {crop}")
+    print(report.markdown(["step: crop", *(f"G = {g}" for g in config.groups)], rows), flush=True)
 
-    print("\n| photo | whole | in tiles of 512 px |\n|---|---|---|")
-    lines = {None: [], 512: []}
-    for megapixels in args.megapixels:
-        h, w = (round(side * math.sqrt(megapixels * 1e6 / 1.5)) // 8 * 8 for side in (1, 1.5))
-        x, cells = torch.rand(3, h, w), []
-        for tile in lines:
-            run = partial(adair.restore, model, x, tile)
-            cells.append((seconds([run], args.repeats, args.device)[0], peak_memory(run, args.device)))
-            lines[tile].append(cells[-1])
-        print(f"| {w}×{h} | " + " | ".join(f"{t:.1f} s, {m:.0f} MiB" for t, m in cells) + " |", flush=True)
-    for tile, cells in lines.items():
-        for axis, values in zip(axes[2:], zip(*cells)):
-            axis.plot(args.megapixels, values, "o-", label=f"tiles of {tile} px" if tile else "whole")
-    for axis, title in zip(axes[2:], ("seconds per photo", "MiB of tensors per photo")):
-        axis.set(title=title, xlabel="megapixels", ylim=(0, None))
+    tiles, rows = {None: [], 512: []}, []
+    for megapixels in config.megapixels:
+        width = math.sqrt(megapixels * 1e6 * 1.5)
+        h, w = round(width / 1.5) // 8 * 8, round(width) // 8 * 8
+        for tile, costs in tiles.items():
+            run = partial(restore, model, torch.rand(3, h, w), tile)
+            taken = seconds([run], config.repeats, config.device)[0]
+            costs.append((taken, memory_of(run, config.device)))
+        costs = [costs[-1] for costs in tiles.values()]
+        rows.append([f"{w}×{h}", *(f"{t:.1f} s, {m:.0f} MiB" for t, m in costs)])
+    print(report.markdown(["photo", "whole", "in tiles of 512 px"], rows))
+    for tile, costs in tiles.items():
+        for axis, values in zip(axes[2:], zip(*costs)):
+            axis.plot(
+                config.megapixels, values, "o-", label=f"tiles of {tile} px" if tile else "whole"
+            )
+    names = ["seconds per step", "MiB of tensors per step", "seconds per photo", "MiB per photo"]
+    for i, (axis, name) in enumerate(zip(axes, names)):
+        axis.set(title=name, xlabel="megapixels" if i > 1 else "G", ylim=(0, None))
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(args.plot, dpi=110)
-    print(f"\nthe plot is {args.plot}")
+    figure.savefig(config.plot, dpi=110)
+    print(f"the plot is {config.plot}")
 
 
-# ------------------------------------------------------------------------------------------------- command line
+def run_program(argv):
+    """The program with these flags."""
+    options = (tyro.conf.FlagCreatePairsOff,)
+    config = tyro.cli(Config, args=argv, prog="bench.py", description=__doc__, config=options)
+    check(config)
+    gpu = runs.on_gpu(config.device)
+    threads = f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name(config.device) if gpu else threads
+    how = f"{config.dtype}{' (plain: fp32)' if config.dtype == 'bf16' else ''}, {where}"
+    kinds = ["step", "inference"] if config.what == "both" else [config.what]
+    for kind in kinds:
+        print(f"{kind}: model {config.model}, {how}, torch {torch.__version__}", end=", ")
+        print(f"seed {config.seed}, {config.repeats} repeats", flush=True)
+        globals()[f"bench_{kind}"](config)
 
 
-def main(argv):
-    p = runs.Parser(prog="bench.py", description=__doc__, formatter_class=runs.HelpFormatter)
-    commands = {"step": [bench_step], "inference": [bench_inference], "mining": [bench_mining], "scaling": [bench_scaling], "both": [bench_step, bench_inference]}
-    whole = runs.number(int, 1)
-    p.add_argument("what", nargs="?", choices=commands, default="both", help="what to measure; both: step and inference")
-    p.add_argument("--model", choices=("demo", "paper"), default="demo", help="paper: Table 6's size, random weights")
-    p.add_argument("--crop", type=crop_size, default=128, help="px a side, of the step; 16 to 400")
-    p.add_argument("--group-size", type=whole, default=4, help="G, of the step")
-    p.add_argument("--batch-size", type=whole, default=1, help="images, of the step")
-    p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="bf16: autocast on our side alone; fp64: of both backbones")
-    p.add_argument("--compile", action="store_true", help="torch.compile, on our side alone")
-    p.add_argument("--sizes", type=runs.multiple_of_8, nargs="+", default=[256, 512], help="px a side, of inference")
-    p.add_argument("--groups", type=whole, nargs="+", default=[2, 4, 8, 16], help="G, of scaling")
-    p.add_argument("--crops", type=crop_size, nargs="+", default=[64, 128, 192, 256], help="px a side, of scaling")
-    p.add_argument("--megapixels", type=runs.number(float, 0.01), nargs="+", default=[0.25, 1.0, 2.0, 4.0], help="photos, of scaling")
-    p.add_argument("--plot", default="cost.png", help="PNG that scaling draws")
-    p.add_argument("--data-root", help="images, of mining; default: the embedded photographs")
-    p.add_argument("--images", type=whole, default=35, help="how many, of mining")
-    p.add_argument("--repeats", type=whole, default=5, help="timings of which the median is taken")
-    p.add_argument("--seed", type=runs.number(int, 0, 2**31 - 1), default=0, help="of weights, crops and actions")
-    p.add_argument("--system-malloc", action="store_true", help="leave glibc's allocator as it is (runs.keep_freed_memory)")
-    args = p.parse_args(argv)
-    args.amp = "bf16" if args.dtype == "bf16" else "fp32"  # as train.py calls it
-    if args.what in ("mining", "scaling") and (args.compile or args.dtype != "fp32"):
-        p.error(f"{args.what} is measured in fp32 and not compiled")
-    if args.what == "scaling" and (not args.plot.endswith(".png") or not Path(args.plot).resolve().parent.is_dir()):
-        p.error(f"--plot: {args.plot} must be a .png in a folder that exists")
-    if not args.system_malloc:
-        runs.keep_freed_memory()
-    where = torch.cuda.get_device_name(args.device) if runs.on_gpu(args.device) else f"{torch.get_num_threads()} CPU threads"
-    dtype = f"{args.dtype}{' (plain: fp32)' if args.dtype == 'bf16' else ''}{', compiled (plain: not)' if args.compile else ''}"
-    try:
-        for bench in commands[args.what]:
-            what = bench.__name__.removeprefix("bench_")
-            print(f"{what}: model {args.model}, {dtype}, {where}, torch {torch.__version__}, seed {args.seed}, {args.repeats} repeats", flush=True)
-            bench(args)
-    except (data.DataError, adair.CheckpointError, runs.RunError, OSError) as error:
-        return p.fail(error)
-    except torch.OutOfMemoryError:
-        return p.fail("out of GPU memory: a smaller --crop, --batch-size or --group-size needs less")
-    except KeyboardInterrupt:
-        return p.fail("stopped")
-
-
-def crop_size(text):
-    """An argparse type: a crop that SSIM can take and the smallest of the photographs has."""
-    value = runs.multiple_of_8(text)
-    if not 16 <= value <= 400:
-        raise argparse.ArgumentTypeError(f"it is {value}; it must be 16 to 400")
-    return value
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    return runs.program("bench.py", lambda: run_program(argv), (DataError, CheckpointError))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,279 +1,327 @@
-"""Benchmark tables, before | after, in the layout of the paper's Tables 2 and 3; and restoring one's own photos.
+"""Benchmark tables, before and after, in the layout of the paper's Tables 2 and 3; and restoring
+one's own photos.
 
     python eval.py --ckpt runs/NAME --data-root data
     python eval.py restore photo.jpg --ckpt runs/NAME
 """
 
-import csv
-import io
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
-import data
-import model as adair
-import policy as policies
-import rewards
+import report
 import runs
+from data import (
+    IMAGE_TYPES,
+    TASKS,
+    DataError,
+    images_in,
+    list_adair_test,
+    names_digest,
+    read_image,
+    split_usable,
+)
+from metrics import evaluate, psnr
+from model import CheckpointError, load_adair, read_checkpoint, restore
+from policy import PolicyError, load_policy
+from rewards import NETS, RewardError, load_net, weight_path
 
-TITLES = {"dehaze": "Dehazing", "derain": "Deraining", "denoise25": "Denoising", "deblur": "Deblurring", "lowlight": "Low-Light"}
 WHOLE_PIXELS = 1 << 20  # photos above this are restored in tiles unless --tile 0 asks otherwise
+SMALLEST = 8  # px a side
+ERRORS = (DataError, CheckpointError, PolicyError, RewardError)
+METRICS = {"psnr": 2, "ssim": 3, "lpips": 3}  # and how many decimals the tables show
+
+
+@dataclass
+class Benchmark:
+    """Tables 2 and 3 of a checkpoint; `eval.py restore --help` is about photos."""
+
+    ckpt: str
+    """run folder, or a checkpoint file: official AdaIR or ours"""
+    data_root: str
+    """folder with test/ in AdaIR's layout, or sets with input/ + target/"""
+    before: str | None = None
+    """checkpoint of the 'before' row; without it, what the run started from"""
+    sets: tuple[str, ...] = ()
+    """names of the test sets to use; without it, all that are found"""
+    limit: int = 0
+    """images per set, the first ones; 0: all"""
+    tile: int = 0
+    """restore in tiles of this many px; 0: whole images"""
+    save_images: bool = False
+    """write every restored image, into OUT/images/SET/METHOD"""
+    weights_dir: str | None = None
+    """where LPIPS looks for its weights; without it, torch's cache"""
+    out: str | None = None
+    """folder for the tables; without it, the run folder, or runs/eval-FOLDER-NAME for a file"""
+    overwrite: bool = False
+    """replace results that exist"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
+
+
+@dataclass
+class Restore:
+    """Restores a photo, or a folder of photos."""
+
+    photo: tyro.conf.Positional[str]
+    """an image, or a folder of images"""
+    ckpt: str
+    """run folder, or a checkpoint file: official AdaIR or ours"""
+    out: str = "restored"
+    """folder for the results, written as PNG"""
+    tile: int | None = None
+    """px; 0: whole image (default: 512 above 1 MP, else whole)"""
+    overwrite: bool = False
+    """replace results that exist"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
 
 
 def load(path, device):
-    """(restore, init): the deterministic restorer of a run folder or a checkpoint file, official or ours, and the path of
-    the model a run started from, None if that is unknown."""
+    """(restore, init): the deterministic restorer of a run folder or a checkpoint file, official or
+    ours, and the path of the model a run started from, None if that is unknown."""
     path = Path(path)
     file = path / "last.pt" if path.is_dir() else path
     config = file.parent / "config.json"
     if path.is_dir() and not file.exists():
-        raise adair.CheckpointError(f"{path} is no run folder: it has no last.pt")
-    checkpoint = adair.read_checkpoint(file)
-    net = adair.load_adair(file, checkpoint=checkpoint).to(device, memory_format=torch.channels_last)
-    policy = policies.load_policy(checkpoint)
+        raise CheckpointError(f"{path} is no run folder: it has no last.pt")
+    checkpoint = read_checkpoint(file)
+    net = load_adair(file, checkpoint=checkpoint).to(device, memory_format=torch.channels_last)
+    policy = load_policy(checkpoint)
     controller = policy.to(device).mean() if policy else None
     init = runs.load_json(config)["init"] if policy and config.exists() else None
-    return partial(adair.restore, net, controller=controller), init
+    return partial(restore, net, controller=controller), init
 
 
-def evaluate_sets(restorers, sets, tile=None, lpips=None, folder=None):
-    """Runs data.evaluate, shared by all processes, for every test set and every named restorer. lpips: (y, gt) -> number; folder: for the restored images.
-
-    Returns ({set: {method: rows}}, [(set, input, one output per method, truth) of every set's first image, in the first process]).
-    """
-    results, figures = {}, []
-    for name, samples in sets.items():
-        base = os.path.commonpath([os.path.dirname(s.name) for s in samples])
-        results[name], images = {}, []
-        for method, restore in restorers.items():
-
-            def also(sample, y, gt):
-                if folder:
-                    path = folder / name / method / os.path.relpath(sample.name, base)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    runs.write_image(path if path.suffix == ".png" else f"{path}.png", y)
-                return {"lpips": lpips(y, gt)} if lpips else {}
-
-            rows, kept = runs.evaluate(partial(restore, tile=tile), samples, f"{name}, {method}", [0], also)
-            results[name][method] = rows
-            images += kept.values()
-        if images:
-            degraded, gt = data.evaluation_pair(samples[0])
-            figures.append((name, degraded, *images, gt))
-        values = "  ".join(f"{m} {cell(rows)}" for m, rows in results[name].items())
-        tqdm.write(f"{name}: {len(samples)} images, input {mean(rows, 'psnr_in'):.2f}  {values}")
-    return results, figures
+# ------------------------------------------------------------------------------------------ tables
 
 
 def lpips_of(weights_dir, device):
-    """(y, gt) -> LPIPS (AlexNet) of two images (3, H, W) in [0, 1], if its weights are there, else None."""
-    path = rewards.weight_path("lpips", weights_dir)
+    """(restored, gt) -> LPIPS (AlexNet) of two images (3, H, W) in [0, 1], if its weights are
+    there, else None."""
+    path = weight_path("lpips", weights_dir)
     if not path.is_file():
-        print(f"LPIPS is not measured: {path} is not there (from {rewards.DOWNLOADS['lpips'][1]}{path.name})")
+        source = f"{NETS['lpips'].base}{path.name}"
+        runs.say(f"LPIPS is not measured: {path} is not there (from {source})")
         return None
-    net = rewards.load_net("lpips", path).to(device)
+    net = load_net("lpips", path).to(device)
 
     @torch.no_grad()
-    def distance(y, gt):
-        return net(*(t[None].clamp(0, 1).to(device) * 2 - 1 for t in (y, gt))).item()
+    def distance(restored, gt):
+        pair = (t[None].clamp(0, 1).to(device) * 2 - 1 for t in (restored, gt))
+        return net(*pair).item()
 
     return distance
 
 
-def mean(rows, key):
-    return float(np.mean([row[key] for row in rows]))
+def evaluate_set(name, samples, restorers, tile=None, lpips=None, folder=None):
+    """AdaIR's protocol, shared by the processes, for one test set and every named restorer.
+
+    lpips: (restored, gt) -> number. folder: for the restored images.
+    Returns ({method: rows}, figure): of the set's first image, a row of `report.plot_samples`.
+    """
+    base, figure = os.path.commonpath([os.path.dirname(s.name) for s in samples]), []
+
+    def measure(method, restorer):
+        def also(sample, degraded, restored, gt):
+            if folder:
+                path = folder / name / method / os.path.relpath(sample.name, base)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path = path if path.suffix == ".png" else Path(f"{path}.png")
+                runs.write_atomic(path, report.to_png(restored))
+            if sample is samples[0]:  # the first process has it
+                images = (
+                    {method: restored} if figure else {f"{name}: input": degraded, method: restored}
+                )
+                figure.extend((f"{k}  {psnr(v, gt):.2f} dB", v) for k, v in images.items())
+                figure.extend([("truth", gt)] if method == [*restorers][-1] else [])
+            return {"lpips": lpips(restored, gt)} if lpips else {}
+
+        spread = partial(runs.spread, desc=f"{name}, {method}")
+        return evaluate(partial(restorer, tile=tile), samples, also, spread)
+
+    return {method: measure(method, restorer) for method, restorer in restorers.items()}, figure
 
 
-METRICS = {"psnr": 2, "ssim": 3, "lpips": 3}  # and how many decimals the tables show
-
-
-def measured(rows):
+def measured(results):
     """The metrics that rows have."""
+    rows = next(iter(next(iter(results.values())).values()))
     return [key for key in METRICS if key in rows[0]]
 
 
-def cell(rows):
-    return "/".join(f"{mean(rows, key):.{METRICS[key]}f}" for key in measured(rows))
+def cell(values, keys, sign=""):
+    return "/".join(f"{value:{sign}.{METRICS[key]}f}" for value, key in zip(values, keys))
 
 
-def table(results, columns, title, names):
-    """(title, cells): one row per method and one column per set, and their average; the gain as last row. names: {task: what stands before a
-    set's name}. None without columns."""
-    if not columns:
-        return None
-    methods = list(results[columns[0]])
-    keys = measured(results[columns[0]][methods[0]])
-    means = {m: [[mean(results[c][m], key) for key in keys] for c in columns] for m in methods}
-    means = {m: [*v, list(np.mean(v, axis=0))] for m, v in means.items()}
-    heads = [*(f"{names.get(results[c][methods[0]][0]['task'], '')} {c}".strip() for c in columns), "Average"]
-
-    def line(name, values, sign=""):
-        return [name, *("/".join(f"{x:{sign}.{METRICS[key]}f}" for x, key in zip(v, keys)) for v in values)]
-
-    cells = [["Method", *heads], *(line(m, v) for m, v in means.items())]
+def table(title, results, columns, names):
+    """A titled table: a row per method and a column per set, and their average; the gain as last
+    row. names: {set: what stands before its name}."""
+    keys, methods = measured(results), [*results[columns[0]]]
+    means = {m: [[report.mean(results[c][m], k) for k in keys] for c in columns] for m in methods}
+    means = {m: [*values, np.mean(values, axis=0)] for m, values in means.items()}
+    rows = [[m, *(cell(value, keys) for value in values)] for m, values in means.items()]
     if len(methods) == 2:
-        cells.append(line("gain", np.subtract(means[methods[1]], means[methods[0]]), "+"))
-    return f"{title}: {'/'.join(key.upper() for key in keys)}", cells
+        gains = [np.subtract(b, a) for a, b in zip(*means.values())]
+        rows.append(["gain", *(cell(gain, keys, "+") for gain in gains)])
+    head = ["Method", *(f"{names.get(c, '')} {c}".strip() for c in columns), "Average"]
+    return (
+        f"**{title}: {'/'.join(key.upper() for key in keys)}**\n\n{report.markdown(head, rows)}\n"
+    )
 
 
 def tables(results):
-    """Table 2 (in-domain, denoising at σ = 25), all noise levels, and Table 3 (every set that is not under test/)."""
+    """Table 2 (in domain, denoising at σ = 25), all noise levels, and Table 3 (every set that is
+    not under test/)."""
     task_of = {name: next(iter(methods.values()))[0]["task"] for name, methods in results.items()}
-    in_domain = [n for task in TITLES for n in results if task_of[n] == task]
-    noise = [n for n in results if task_of[n].startswith("denoise")]
-    out_of_domain = [n for n in results if task_of[n] not in data.TASKS]
-    parts = (
-        table(results, in_domain, "In domain (layout of Table 2)", TITLES),
-        table(results, noise, "Denoising by noise level", {}),
-        table(results, out_of_domain, "Out of domain (layout of Table 3)", {}),
-    )
-    return list(filter(None, parts))
-
-
-def as_text(parts):
-    lines = []
-    for title, cells in parts:
-        width = max(14, *(len(c) + 2 for row in cells for c in row[1:]))
-        lines += [title, *(f"{row[0]:10}" + "".join(f"{c:>{width}}" for c in row[1:]) for row in cells), ""]
-    return "\n".join(lines)
-
-
-def as_markdown(parts):
-    lines = []
-    for title, (head, *rows) in parts:
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        lines += [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (head, rule, *rows)), ""]
-    return "\n".join(lines)
-
-
-def to_csv(lines):
-    """CSV text of lists; the first one is the heading, floats get six decimals."""
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows([f"{v:.6f}" if isinstance(v, float) else v for v in line] for line in lines)
-    return buffer.getvalue()
+    known = {name: TASKS[task] for name, task in task_of.items() if task in TASKS}
+    columns = sorted((n for n in known if known[n].title), key=lambda n: known[n].column)
+    noise = [name for name in known if known[name].variant]
+    foreign = [name for name in results if name not in known]
+    parts = [
+        ("In domain (layout of Table 2)", columns, {n: known[n].title for n in columns}),
+        ("Denoising by noise level", noise, {}),
+        ("Out of domain (layout of Table 3)", foreign, {}),
+    ]
+    return "\n".join(table(title, results, sets, names) for title, sets, names in parts if sets)
 
 
 def csv_files(results):
-    """{file name: text}: the numbers of the tables, one line per set and method; and one line per image and method."""
-    scores = measured(next(iter(next(iter(results.values())).values())))
-    by_set = [["set", "method", "images", "psnr_input", *scores]]
-    by_image = [["set", "method", "task", "image", "psnr_input", *scores]]
+    """{file name: text}: the numbers of the tables, a line per set and method; and a line per image
+    and method."""
+    keys = ["psnr_in", *measured(results)]
+    by_set, by_image = [], []
     for name, methods in results.items():
         for method, rows in methods.items():
-            by_set.append([name, method, len(rows), *(mean(rows, k) for k in ("psnr_in", *scores))])
-            by_image += [[name, method, r["task"], r["name"], *(r[k] for k in ("psnr_in", *scores))] for r in rows]
-    return {"eval.csv": to_csv(by_set), "eval-images.csv": to_csv(by_image)}
+            by_set.append([name, method, len(rows), *(report.mean(rows, k) for k in keys)])
+            by_image += [[name, method, r["task"], r["name"], *(r[k] for k in keys)] for r in rows]
+    names = ["psnr_input", *keys[1:]]
+    return {
+        "eval.csv": report.to_csv(["set", "method", "images", *names], by_set),
+        "eval-images.csv": report.to_csv(["set", "method", "task", "image", *names], by_image),
+    }
 
 
-def benchmark(args):
-    args.device = runs.join(args.device)
-    ckpt = Path(args.ckpt)
-    out = Path(args.out or (ckpt if ckpt.is_dir() else f"runs/eval-{ckpt.resolve().parent.name}-{ckpt.stem}"))
-    if (out / "eval.txt").exists() and not args.overwrite and runs.rank() == 0:
+# ---------------------------------------------------------------------------------------- programs
+
+
+def benchmark(config):
+    """Evaluates a checkpoint on every test set and writes the tables."""
+    runs.check_numbers(config, least=dict(limit=0, tile=0))
+    runs.check_tile(config.tile)
+    runs.check_device(config.device)
+    device, ckpt = runs.join(config.device), Path(config.ckpt)
+    default = ckpt if ckpt.is_dir() else f"runs/eval-{ckpt.resolve().parent.name}-{ckpt.stem}"
+    out = Path(config.out or default)
+    if (out / "eval.md").exists() and not config.overwrite and runs.rank() == 0:
         raise runs.RunError(f"{out} holds an evaluation: give --overwrite, or another --out")
-    restore, init = load(args.ckpt, args.device)
-    init = args.before or init
-    restorers = {"before": load(init, args.device)[0], "after": restore} if init else {"model": restore}
-    if not Path(args.data_root).is_dir():
-        raise data.DataError(f"there is no folder {args.data_root}")
-    sets = data.list_adair_test(args.data_root, args.sets)
-    sets = {name: samples[: args.limit or None] for name, samples in sets.items()}
-    runs.same_everywhere("list of images", [data.names_digest(samples) for samples in sets.values()])
+    restorer, init = load(config.ckpt, device)
+    init = config.before or init
+    restorers = (
+        {"before": load(init, device)[0], "after": restorer} if init else {"model": restorer}
+    )
+    if not Path(config.data_root).is_dir():
+        raise DataError(f"there is no folder {config.data_root}")
+    sets = list_adair_test(config.data_root, config.sets)
+    sets = {name: samples[: config.limit or None] for name, samples in sets.items()}
+    runs.same_everywhere("list of images", [names_digest(samples) for samples in sets.values()])
     for name, samples in sets.items():
-        _, problems = data.check_headers(samples, 8, runs.spread)
+        _, problems = split_usable(samples, SMALLEST, decode=False)
         if problems:
-            raise data.DataError(f"{problems[0]} (test set {name})")
-    lpips = lpips_of(args.weights_dir, args.device)
-    results, figures = evaluate_sets(restorers, sets, args.tile or None, lpips, out / "images" if args.save_images else None)
+            raise DataError(f"{problems[0]} (test set {name})")
+    rest = config.tile or None, lpips_of(config.weights_dir, device)
+    folder = out / "images" if config.save_images else None
+    results, figures = {}, []
+    for name, samples in sets.items():
+        results[name], figure = evaluate_set(name, samples, restorers, *rest, folder)
+        figures.append(figure)
+        keys, rows = measured(results), results[name]
+        means = (f"{m} {cell([report.mean(r, k) for k in keys], keys)}" for m, r in rows.items())
+        runs.say(f"{name}: {len(samples)} images, {'  '.join(means)}")
     if runs.rank():
         return
-    parts = tables(results)
-    limited = f"\nOnly the first {args.limit} images of each set (--limit).\n" if args.limit else ""
+    limited = f"\nOnly the first {config.limit} images of each set (--limit).\n"
+    texts = {"eval.md": tables(results) + (limited if config.limit else ""), **csv_files(results)}
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"eval.txt": as_text(parts) + limited, "eval.md": as_markdown(parts) + limited, **csv_files(results)}
     for name, content in texts.items():
         runs.write_atomic(out / name, content.encode())
-    runs.plot_samples(out / "eval.png", figures, ("input", *restorers, "truth"))
-    pictures = ", images/" if args.save_images else ""
-    print(f"\n{texts['eval.txt']}\nwritten to {out}: {', '.join(texts)}, eval.png{pictures} (eval-images.csv: one line per image)")
+    runs.write_atomic(out / "eval.png", report.plot_samples(figures))
+    pictures = ", images/" if config.save_images else ""
+    print(f"\n{texts['eval.md']}\nwritten to {out}: {', '.join(texts)}, eval.png{pictures}")
 
 
-def restore_photos(args):
-    restore, _ = load(args.ckpt, args.device)
-    source, out = Path(args.photo), Path(args.out)
-    if not source.exists():
-        raise data.DataError(f"there is no photo or folder {source}")
-    photos = list(map(Path, data.images_in(source, recursive=True))) if source.is_dir() else [source]
-    if not photos:
-        raise data.DataError(f"{source} holds no image ({', '.join(sorted(data.IMAGE_TYPES))})")
-    base = source if source.is_dir() else source.parent
+def target_files(photos, base, out, overwrite):
+    """{file to write: photo}. Raises DataError where two photos, or a file that is there, are in
+    the way."""
     targets = {}
     for photo in photos:
         target = (out / photo.relative_to(base)).with_suffix(".png")
         if target in targets:
-            raise data.DataError(f"{photo} and {targets[target]} would both become {target}: rename one")
-        if target.exists() and not args.overwrite:
-            raise data.DataError(f"{target} exists: give --overwrite, or another --out")
+            both = f"{photo} and {targets[target]} would both become {target}"
+            raise DataError(f"{both}: rename one")
+        if target.exists() and not overwrite:
+            raise DataError(f"{target} exists: give --overwrite, or another --out")
         targets[target] = photo
-    broken = []
+    return targets
+
+
+def restore_photos(config):
+    """Restores photos; names those that cannot be read, at the end, as an error."""
+    runs.check_numbers(config, least=dict(tile=0))
+    runs.check_tile(config.tile)
+    runs.check_device(config.device)
+    restorer, _ = load(config.ckpt, config.device)
+    source, out = Path(config.photo), Path(config.out)
+    if not source.exists():
+        raise DataError(f"there is no photo or folder {source}")
+    folder = source.is_dir()
+    photos = list(map(Path, images_in(source, recursive=True))) if folder else [source]
+    if not photos:
+        raise DataError(f"{source} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
+    base = source if folder else source.parent
+    targets, broken = target_files(photos, base, out, config.overwrite), []
     for target, photo in tqdm(targets.items(), desc="restore", unit="photo"):
         try:
-            image = data.read_image(photo)
-            if min(image.shape[1:]) < 8:
-                raise data.DataError(f"{photo} is {image.shape[2]}×{image.shape[1]} px; 8 px a side is the least")
-        except data.DataError as error:
+            image = read_image(photo)
+            if min(image.shape[1:]) < SMALLEST:
+                size = f"{image.shape[2]}×{image.shape[1]} px; {SMALLEST} px a side is the least"
+                raise DataError(f"{photo} is {size}")
+        except DataError as error:
             broken.append(str(error))
             continue
-        tile = args.tile if args.tile is not None else (512 if image[0].numel() > WHOLE_PIXELS else 0)
-        restored = restore(image, tile=tile or None, progress=True)
+        default = 512 if image[0].numel() > WHOLE_PIXELS else 0
+        tile = default if config.tile is None else config.tile
+        restored = restorer(image, tile=tile or None, progress=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_image(target, restored)
+        runs.write_atomic(target, report.to_png(restored))
     for problem in broken:
         tqdm.write(f"not restored: {problem}")
     if broken:
-        raise data.DataError(f"{len(broken)} of {len(photos)} photo(s) could not be restored; the others are in {out}")
+        count = f"{len(broken)} of {len(photos)} photo(s) could not be restored"
+        raise DataError(f"{count}; the others are in {out}")
     print(f"restored {len(photos)} photo(s) into {out}")
 
 
-def main(argv):
-    runs.keep_freed_memory()
-    benchmarking = argv[:1] != ["restore"]
-    p = runs.Parser(prog="eval.py" if benchmarking else "eval.py restore", description=__doc__, formatter_class=runs.HelpFormatter)
-    p.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file: official AdaIR or ours")
-    p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
-    p.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    if benchmarking:
-        p.add_argument("--data-root", required=True, help="folder with test/ in AdaIR's layout, or sets with input/ + target/")
-        p.add_argument("--before", help="checkpoint of the 'before' column (default: what the run started from)")
-        p.add_argument("--sets", nargs="+", help="names of the test sets to use (default: all that are found)")
-        p.add_argument("--limit", type=runs.number(int, 0), default=0, help="images per set, the first ones; 0: all")
-        p.add_argument("--tile", type=runs.tile_size, default=0, help="restore in tiles of this many px; 0: whole images")
-        p.add_argument("--save-images", action="store_true", help="write every restored image, into OUT/images/SET/METHOD")
-        p.add_argument("--weights-dir", help=f"where LPIPS looks for its weights (default: {rewards.default_weights_dir()})")
-        p.add_argument("--out", help="folder for the tables (default: the run folder, or runs/eval-FOLDER-NAME for a file)")
-    else:
-        p.add_argument("photo", help="an image, or a folder of images")
-        p.add_argument("--out", default="restored", help="folder for the results, written as PNG")
-        p.add_argument("--tile", type=runs.tile_size, help="px; 0: whole image (default: 512 above 1 MP, else whole)")
-    try:
-        args = p.parse_args(argv if benchmarking else argv[1:])
-        (benchmark if benchmarking else restore_photos)(args)
-    except (data.DataError, adair.CheckpointError, policies.PolicyError, rewards.RewardError, runs.RunError) as error:
-        return p.fail(error)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        return p.fail(error)
-    except KeyboardInterrupt:
-        return p.fail("stopped")
-    except torch.OutOfMemoryError:
-        return p.fail("the image does not fit into GPU memory: give a --tile (or a smaller one)")
-    finally:
-        runs.leave()
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    photos = argv[:1] == ["restore"]
+    what, function = (Restore, restore_photos) if photos else (Benchmark, benchmark)
+    options = (tyro.conf.FlagCreatePairsOff,)
+    name = "eval.py restore" if photos else "eval.py"
+
+    def run_program():
+        flags = argv[1:] if photos else argv
+        function(tyro.cli(what, args=flags, prog=name, description=__doc__, config=options))
+
+    return runs.program("eval.py", run_program, ERRORS)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,15 +1,81 @@
-"""Group relative policy optimisation: Eq. 6 and 8–11, and the supervised side of the objective, Eq. 1, 2 and 7.
+"""Group relative policy optimisation: Eq. 6 and 8–11, the supervised side of the objective, Eq. 1,
+2 and 7, and the group of rollouts that both learn from.
 
-Pure functions of tensors. Rewards, log-probabilities and advantages are (B, G): B images with a group of G rollouts each.
+Everything about a group is (B, G, …): B images with G rollouts each.
 """
+
+from typing import NamedTuple
 
 import torch
 
+# --------------------------------------------------------------------------------------- the group
+
+
+class Group(NamedTuple):
+    """G rollouts of each of B images, without graph."""
+
+    restored: torch.Tensor  # (B, G, 3, H, W), not clamped
+    states: list  # of each AFLB the pair (rate, fuse) that the heads saw, (B, G, …)
+    actions: torch.Tensor  # (B, G, 3, 4) in (0, 1)
+
+
+@torch.no_grad()
+def rollout(model, policy, encoding, group_size, generators, at_once=4):
+    """G stochastic rollouts per image, Eq. 4 and 5.
+
+    encoding: of the B images, as `AdaIR.encode` gives it. generators: B, which the actions are
+    drawn from, or one for all. At most `at_once` rollouts per image are decoded at a time, so that
+    the memory a larger group takes is that of its images.
+    """
+    encoding, parts = encoding.detach(), []
+    for first in range(0, group_size, at_once):
+        n = min(at_once, group_size - first)
+        controller = policy.sample(generators)
+        restored = model.decode(encoding, controller, copies=n)
+        flat = (restored, controller.actions, *(s for pair in controller.states for s in pair))
+        parts.append([t.unflatten(0, (-1, n)) for t in flat])  # (B, n, …) each
+    restored, actions, *states = (torch.cat(part, dim=1) for part in zip(*parts))
+    return Group(restored, list(zip(states[::2], states[1::2])), actions)
+
+
+def best_of_group(rewards):
+    """g* = argmax r over each group: (B, G) -> (B,) indices."""
+    return rewards.argmax(dim=-1)
+
+
+def take(group, index):
+    """Of (B, G, …) the member index[b] of each group b: (B, …)."""
+    return group[torch.arange(len(index), device=group.device), index]
+
+
+def in_turns(first, second):
+    """A controller for a batch that holds every image twice in a row: `first` decides of the one
+    copy, `second` of the other."""
+
+    def controller(level, f, y):
+        controls = first(level, f, y[0::2]), second(level, f, y[1::2])
+        return torch.stack(controls, dim=1).flatten(0, 1)
+
+    return controller
+
+
+def decode_best_and_mean(model, policy, encoding, best_actions):
+    """(y_g*, y_det), each (B, 3, H, W), with graph: the best rollout's actions (B, 3, 4) replayed
+    and the mean action, as one batch of two per image."""
+    controller = in_turns(policy.replay(best_actions), policy.mean())
+    restored = model.decode(encoding, controller, copies=2)
+    return restored.unflatten(0, (-1, 2)).unbind(1)
+
+
+# ------------------------------------------------------------------------------------ the objective
+
 
 def group_advantages(rewards, eps=1e-6):
-    """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (B, G) -> (B, G), without gradient. Eq. 8.
+    """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (B, G) -> (B, G), without gradient.
+    Eq. 8.
 
-    ε stands inside the root: a group of equal rewards gets advantage 0, and differences far below √ε = 0.001 stay small.
+    ε stands inside the root: a group of equal rewards gets advantage 0, and differences far below
+    √ε = 0.001 stay small.
     """
     centred = rewards.detach() - rewards.detach().mean(dim=-1, keepdim=True)
     return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
@@ -21,44 +87,51 @@ def clipped_surrogate(ratio, advantages, clip=0.2):
 
 
 def sampled_kl(ratio, logp, logp_ref):
-    """mean ρ[log π_θ(a|s) − log π_ref(a|s)], Eq. 11. ρ keeps its graph: its value is 1 on policy, and without its
-    gradient the estimate would have none in expectation."""
+    """mean ρ[log π_θ(a|s) − log π_ref(a|s)], Eq. 11. ρ keeps its graph: its value is 1 on policy,
+    and without its gradient the estimate would have none in expectation."""
     return (ratio * (logp - logp_ref)).mean()
 
 
-def grpo_loss(logp, logp_old, logp_ref, advantages, entropy, clip=0.2, beta=0.04, tau=0.01, exact_kl=None):
+def grpo_loss(
+    logp,
+    logp_old,
+    logp_ref,
+    advantages,
+    entropy,
+    clip=0.2,
+    beta=0.04,
+    tau=0.01,
+    exact_kl=None,
+):
     """The loss of the policy's heads, Eq. 6, and its metrics.
 
-    logp, logp_old, logp_ref, advantages, entropy: (B, G), the log-probabilities of whole actions (Eq. 23) under π_θ,
-    π_old and π_ref and the entropy of π_θ, all on the stored states. clip ϵ, beta β and tau τ weigh as in Eq. 6.
-    exact_kl: closed-form KL(π_θ ‖ π_ref), (B, G), to use instead of Eq. 11: same expectation, no sampling noise.
+    logp, logp_old, logp_ref, advantages, entropy: (B, G), the log-probabilities of whole actions
+    (Eq. 23) under π_θ, π_old and π_ref and the entropy of π_θ, all on the stored states.
+    clip ϵ, beta β and tau τ weigh as in Eq. 6.
+    exact_kl: closed-form KL(π_θ ‖ π_ref), (B, G), to use instead of Eq. 11: same expectation, no
+    sampling noise.
     Returns (loss, metrics): a scalar with graph, and a dict of scalar tensors without.
     """
     ratio = (logp - logp_old.detach()).exp()  # Eq. 9
-    surrogate = clipped_surrogate(ratio, advantages.detach(), clip)
+    surrogate = clipped_surrogate(ratio, advantages.detach(), clip)  # Eq. 10
     kl = sampled_kl(ratio, logp, logp_ref.detach()) if exact_kl is None else exact_kl.mean()
     loss = -surrogate + beta * kl - tau * entropy.mean()  # Eq. 6
-    binds = ((ratio > 1 + clip) & (advantages > 0)) | ((ratio < 1 - clip) & (advantages < 0))
+    rises, falls = (ratio > 1 + clip) & (advantages > 0), (ratio < 1 - clip) & (advantages < 0)
     metrics = {
         "loss/rl": loss,
         "kl": kl,
         "entropy": entropy.mean(),
         "ratio": ratio.mean(),
-        "clip_ratio": binds.float().mean(),
+        "clip_ratio": (rises | falls).float().mean(),
         "advantage_abs": advantages.abs().mean(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def best_of_group(rewards):
-    """g* = argmax r over each group: (B, G) -> (B,) indices."""
-    return rewards.argmax(dim=-1)
-
-
-def take(group, index):
-    """Of group (B·G, …), laid out image by image, the member index[b] of each image b: (B, …)."""
-    b = len(index)
-    return group.reshape(b, -1, *group.shape[1:])[torch.arange(b, device=group.device), index]
+def supervised_losses(y_best, y_det, gt):
+    """L_sup = ℓ1(y_g*, ŷ) (Eq. 1) and L_cons = ℓ1(y_g*, y_det), gradient through both (Eq. 2);
+    images (B, 3, H, W)."""
+    return (y_best - gt).abs().mean(), (y_best - y_det).abs().mean()
 
 
 def anneal(start, end, progress):
@@ -66,11 +139,7 @@ def anneal(start, end, progress):
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
-def supervised_losses(y_best, y_det, gt):
-    """L_sup = ℓ1(y_g*, ŷ) (Eq. 1) and L_cons = ℓ1(y_g*, y_det), gradient through both (Eq. 2); images (B, 3, H, W)."""
-    return (y_best - gt).abs().mean(), (y_best - y_det).abs().mean()
-
-
 def total_loss(rl, sup, cons, progress, sup_weights=(0.35, 0.1), cons_weights=(0.2, 0.05)):
-    """L = L_RL + λ_sup L_sup + λ_cons L_cons, both λ annealed over training (progress 0 … 1). Eq. 7."""
+    """L = L_RL + λ_sup L_sup + λ_cons L_cons, both λ annealed over training (progress 0 … 1).
+    Eq. 7."""
     return rl + anneal(*sup_weights, progress) * sup + anneal(*cons_weights, progress) * cons

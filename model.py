@@ -1,9 +1,11 @@
-"""AdaIR (Cui et al., ICLR 2025), the restorer that IRPO post-trains: four encoder levels, four decoder levels of
-Restormer blocks, and three adaptive frequency learning blocks (AFLB) in the decoder.
+"""AdaIR (Cui et al., ICLR 2025), the restorer that IRPO post-trains: four encoder levels, four
+decoder levels of Restormer blocks, and three adaptive frequency learning blocks (AFLB) in the
+decoder.
 
-Two things are added to the published network and change nothing until they are used: a *controls port*, through
-which someone else decides an AFLB's four controls (r_h, r_l, g_f, g_o), and a second *mask rule*, under which the
-rates r_h, r_l act at every image size. This file knows nothing of who decides, or how.
+Two things are added to the published network and change nothing until they are used: a *controls
+port*, through which someone else decides an AFLB's four controls (r_h, r_l, g_f, g_o), and a second
+*mask rule*, under which the rates r_h, r_l act at every image size. This file knows nothing of who
+decides, or how.
 
 Parameter names are those of the official checkpoints, so those load as they are (`load_adair`).
 """
@@ -22,11 +24,10 @@ from tqdm import tqdm
 # The original carries these in every AFLB and never uses them: accepted when loading, not kept.
 UNUSED = re.compile(r"fre[123]\.(conv\.weight|score_gen\.weight|score_gen\.bias)")
 
-# The rates of a model whose masks were empty while it was trained, as every official one's at crops of 128. 0.01 rounds
-# to an empty mask on images under 200 px. A Beta of that mean opens a mask in a few percent of rollouts only.
+# The rates of a model whose masks were empty while it was trained, as every official one's at crops
+# of 128. 0.01 rounds to an empty mask on images under 200 px. A Beta of that mean opens a mask in a
+# few percent of rollouts only.
 EMPTY_RATE = 0.01
-
-STRIP = 1 << 18  # px; without graph, a feed-forward layer takes maps above this size in strips
 
 
 class CheckpointError(ValueError):
@@ -45,9 +46,11 @@ class LayerNorm(nn.Module):
 
 
 def pointwise_depthwise(x, pointwise, depthwise, parts):
-    """A 1×1 and a depthwise 3×3 convolution, the result cut into `parts` along the channels. On a CPU every part is
-    convolved by itself: parts of one channels-last tensor are strided, and what reads them next, or joins their
-    gradients, is slower by more than that costs."""
+    """depthwise(pointwise(x)), cut into `parts` along the channels.
+
+    On a CPU every part is convolved by itself: parts of one channels-last tensor are strided, and
+    what reads them next, or joins their gradients, is slower by more than that costs.
+    """
     if x.is_cuda:
         return depthwise(pointwise(x)).chunk(parts, dim=1)
     weights = zip(pointwise.weight.chunk(parts), depthwise.weight.chunk(parts))
@@ -55,16 +58,20 @@ def pointwise_depthwise(x, pointwise, depthwise, parts):
 
 
 def channel_attention(q, k, v, temperature, project_out):
-    """Attention between channels ("transposed" attention) and the 1×1 convolution after it: q, k, v (B, C, H, W), C split
-    into temperature.shape[0] heads, q and k normalised over space.
+    """Attention between channels, and the 1×1 convolution P after it:
 
-    What is small is computed first. Norms divide the (C/heads)² scores, not the maps: q̂·k̂ = q·k/(|q||k|). And the
-    attention A meets the projection P before it meets v: P(A v) = (P A) v.
+        P · softmax(τ · q̂ k̂ᵀ) · v        q̂ = q/|q|, k̂ = k/|k|, normalised over space
+
+    q, k, v: (B, C, H, W), C split into temperature.shape[0] heads, each with its own τ.
+
+    What is small is computed first. Norms divide the (C/heads)² scores, not the maps: q̂·k̂ =
+    q·k/(|q||k|). And the attention A meets the projection P before it meets v: P(A v) = (P A) v.
     """
     b, c, h, w = v.shape
     heads = temperature.shape[0]
     q, k = (t.reshape(b, heads, -1, h * w) for t in (q, k))
-    q_norm, k_norm = (t.square().sum(dim=-1).clamp(min=1e-24).sqrt() for t in (q, k))  # (B, heads, C/heads)
+    # (B, heads, C/heads)
+    q_norm, k_norm = (t.square().sum(dim=-1).clamp(min=1e-24).sqrt() for t in (q, k))
     cosines = q @ k.transpose(-2, -1) / (q_norm[..., :, None] * k_norm[..., None, :])
     attention = (cosines * temperature).softmax(dim=-1)  # (B, heads, C/heads, C/heads)
     projection = project_out.weight.reshape(c, heads, -1).transpose(0, 1)  # (heads, C, C/heads)
@@ -116,16 +123,6 @@ class FeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x[:, 0].numel() <= STRIP or torch.compiler.is_compiling():
-            return self.gated(x)
-        # A large photo has no memory for the hidden maps, five times as wide as x: a few rows at a time.
-        out, rows = torch.empty_like(x), max(STRIP // x[:, 0, 0].numel(), 8)
-        for top in range(0, x.shape[2], rows):
-            first = max(top - 1, 0)  # with a row of context on either side, for the 3×3
-            out[:, :, top : top + rows] = self.gated(x[:, :, first : top + rows + 1])[:, :, top - first :][:, :, :rows]
-        return out
-
-    def gated(self, x):
         gate, value = pointwise_depthwise(x, self.project_in, self.dwconv, 2)
         return self.project_out(F.gelu(gate) * value)
 
@@ -155,7 +152,9 @@ class ChannelGate(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Conv2d(dim, dim // 16, 1, bias=False), nn.ReLU(), nn.Conv2d(dim // 16, dim, 1, bias=False)
+            nn.Conv2d(dim, dim // 16, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(dim // 16, dim, 1, bias=False),
         )
 
     def forward(self, x):
@@ -178,29 +177,35 @@ class FrequencyRefine(nn.Module):
 def band_mask(half_height, half_width, height, width):
     """The low-frequency mask of a (height, width) spectrum as `torch.fft.fft2` lays it out.
 
-    half_height, half_width: (B,) integers a, b. Returns (B, 1, height, width) booleans, true on the rows -a ... a-1
-    and the columns -b ... b-1 around the zero frequency: what a centred spectrum holds in H//2 ± a, W//2 ± b.
+    half_height, half_width: (B,) integers a, b. Returns (B, 1, height, width) booleans, true on the
+    rows -a ... a-1 and the columns -b ... b-1 around the zero frequency: what a centred spectrum
+    holds in H//2 ± a, W//2 ± b.
     """
 
     def inside(half, n):
         k = torch.fft.fftfreq(n, 1 / n, device=half.device).round()  # signed frequency numbers
         return (k >= -half[:, None]) & (k < half[:, None])  # (B, n)
 
-    return (inside(half_height, height)[:, :, None] & inside(half_width, width)[:, None, :])[:, None]
+    return (inside(half_height, height)[:, :, None] & inside(half_width, width)[:, None, :])[
+        :, None
+    ]
 
 
 def split_bands(f, mask):
-    """|low| and |high| frequencies of f (B, C, H, W), each (B n, C, H, W): n masks (B n, 1, H, W) for every image.
-    The bands add up to f before the absolute value is taken."""
+    """|low| and |high| frequencies of f (B, C, H, W), each (B n, C, H, W): n masks (B n, 1, H, W)
+    for every image. The bands add up to f before the absolute value is taken."""
     f = f.to(torch.promote_types(f.dtype, torch.float32))  # no half-precision FFT for most sizes
     f, mask = f[:, None], mask.unflatten(0, (len(f), -1))  # (B, 1, C, H, W), (B, n, 1, H, W)
     low = torch.fft.ifft2(torch.fft.fft2(f, norm="forward") * mask, norm="forward")
-    return tuple(band.flatten(0, 1).abs().contiguous(memory_format=torch.channels_last) for band in (low, f - low))
+    return tuple(
+        band.flatten(0, 1).abs().contiguous(memory_format=torch.channels_last)
+        for band in (low, f - low)
+    )
 
 
 class AFLB(nn.Module):
-    """Adaptive frequency learning block: splits features of the input image into two bands at a mask, lets each attend
-    to the latent, and adds what they say to it.
+    """Adaptive frequency learning block: splits features of the input image into two bands at a
+    mask, lets each attend to the latent, and adds what they say to it.
 
     `mask_rule` tells how a rate r in (0, 1) becomes the mask's half-size on a map of side H:
       "adair"     int((H // 128) · r): the original; 0, an empty mask, on every map under 128 px.
@@ -210,52 +215,72 @@ class AFLB(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.conv1 = nn.Conv2d(3, dim, 3, padding=1, bias=False)
-        self.channel_cross_l, self.channel_cross_h, self.channel_cross_agg = (CrossAttention(dim) for _ in range(3))
+        self.channel_cross_l, self.channel_cross_h, self.channel_cross_agg = (
+            CrossAttention(dim) for _ in range(3)
+        )
         self.frequency_refine = FrequencyRefine(dim)
         self.rate_conv = nn.Sequential(
-            nn.Conv2d(dim, dim // 8, 1, bias=False), nn.GELU(), nn.Conv2d(dim // 8, 2, 1, bias=False)
+            nn.Conv2d(dim, dim // 8, 1, bias=False),
+            nn.GELU(),
+            nn.Conv2d(dim // 8, 2, 1, bias=False),
         )
-        self.para1, self.para2 = nn.Parameter(torch.zeros(dim, 1, 1)), nn.Parameter(torch.ones(dim, 1, 1))
+        self.para1, self.para2 = (
+            nn.Parameter(torch.zeros(dim, 1, 1)),
+            nn.Parameter(torch.ones(dim, 1, 1)),
+        )
 
     def half_size(self, rate, side, mask_rule):
+        """The mask's half-size, an integer, on a side of so many px."""
         if mask_rule == "adair":
             return (side // 128 * rate).int()
-        return (rate * side / 2 + 1e-4).round().int()  # + 1e-4: 0.25 and 0.24999999 agree where r · H / 2 is a tie
+        # + 1e-4: 0.25 and 0.24999999 agree where r · H / 2 is a tie
+        return (rate * side / 2 + 1e-4).round().int()
+
+    def own_rates(self, f, n, mask_rule, rates):
+        """(B n, 2): the rates r_h, r_l where nobody controls them, the same for n latents each."""
+        if mask_rule != "adair":
+            return torch.tensor(rates, device=f.device).expand(len(f) * n, 2)
+        with torch.autocast(f.device.type, enabled=False):  # half a precision could be a mask's row
+            pooled = f.to(self.para1.dtype).mean(dim=(2, 3), keepdim=True)
+            return self.rate_conv(pooled).flatten(1).sigmoid().repeat_interleave(n, dim=0)
 
     def forward(self, x, y, mask_rule, rates, control=None):
-        """x: input image (B, 3, ·, ·); y: n latents of every image in a row (B n, C, H, W); rates: (r_h, r_l) of a model
-        without controller; control(f, y) -> (B n, 4) with r_h, r_l, g_f, g_o. Returns y' (B n, C, H, W)."""
+        """The latents y' (B n, C, H, W) of an input image x (B, 3, ·, ·) and latents y (B n, C, H,
+        W), n of every image in a row.
+
+        rates: (r_h, r_l) of a model without controller, under "fraction".
+        control(f, y) -> (B n, 4) with r_h, r_l, g_f, g_o.
+        """
         h, w = y.shape[-2:]
         f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
-        if control is not None:
-            r_h, r_l, g_f, g_o = control(f, y)[:, :, None, None, None].unbind(1)  # (B n, 1, 1, 1) each
-            rate = torch.stack((r_h.flatten(), r_l.flatten()), dim=1)
-        elif mask_rule == "adair":
-            with torch.autocast(f.device.type, enabled=False):  # half a precision could be a row of the mask
-                rate = self.rate_conv(f.to(self.para1.dtype).mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
-            rate = rate.repeat_interleave(len(y) // len(x), dim=0)
+        if control is None:
+            rate = self.own_rates(f, len(y) // len(x), mask_rule, rates).float()
+            g_f = g_o = 1.0
         else:
-            rate = torch.stack([torch.full((len(y),), r, device=y.device) for r in rates], dim=1)
-        rate = rate.float()
-        mask = band_mask(self.half_size(rate[:, 0], h, mask_rule), self.half_size(rate[:, 1], w, mask_rule), h, w)
-        low, high = split_bands(f, mask)
-        # The published names are crossed (…_l serves the high band), and so are the published weights.
+            controls = control(f, y)
+            rate = controls[:, :2].float()
+            g_f, g_o = controls[:, 2:, None, None, None].unbind(1)  # (B n, 1, 1, 1) each
+        half_height = self.half_size(rate[:, 0], h, mask_rule)
+        half_width = self.half_size(rate[:, 1], w, mask_rule)
+        low, high = split_bands(f, band_mask(half_height, half_width, h, w))
+        # The published names are crossed (…_l serves the high band), and so are the weights.
         high, low = self.channel_cross_l(high, y), self.channel_cross_h(low, y)
         o = self.channel_cross_agg(y, self.frequency_refine(low, high))
-        if control is None:
-            return self.para2 * y + self.para1 * o
         return g_f * (self.para2 * y) + g_o * (self.para1 * o)  # Eq. 5
 
 
 class Resample(nn.Module):
-    """3×3 convolution and pixel (un)shuffle: half the size at twice the channels, or the reverse."""
+    """3×3 convolution and pixel (un)shuffle: half the size at twice the channels, or the
+    reverse."""
 
     def __init__(self, dim, conv_out, shuffle):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(dim, conv_out, 3, padding=1, bias=False), shuffle(2))
 
     def forward(self, x):
-        return self.body(x).contiguous(memory_format=torch.channels_last)  # on a GPU, shuffles return another layout
+        return self.body(x).contiguous(
+            memory_format=torch.channels_last
+        )  # on a GPU, shuffles return another layout
 
 
 class PatchEmbed(nn.Module):
@@ -283,8 +308,9 @@ class Encoding(NamedTuple):
 class AdaIR(nn.Module):
     """The network. Defaults are the paper's Table 6 (28,784,824 parameters).
 
-    mask_rule: "adair" (the original) or "fraction"; rates: the constants (r_h, r_l) a model under "fraction" uses
-    when nobody controls it. Both travel with our checkpoints (`config`); see `AFLB`.
+    mask_rule: "adair" (the original) or "fraction"; rates: the constants (r_h, r_l) a model under
+    "fraction" uses when nobody controls it. Both travel with our checkpoints (`config`); see
+    `AFLB`.
     """
 
     def __init__(
@@ -311,7 +337,9 @@ class AdaIR(nn.Module):
         )
 
         def blocks(n, width, level):
-            return nn.Sequential(*(TransformerBlock(width, heads[level - 1], ffn_expansion) for _ in range(n)))
+            return nn.Sequential(
+                *(TransformerBlock(width, heads[level - 1], ffn_expansion) for _ in range(n))
+            )
 
         n1, n2, n3, n4 = num_blocks
         self.patch_embed = PatchEmbed(dim)
@@ -341,9 +369,11 @@ class AdaIR(nn.Module):
         return [width * self.config["dim"] for width in (8, 4, 2)]
 
     def encode(self, x):
-        """x: (B, 3, H, W) in [0, 1], H and W multiples of 8. Returns an `Encoding`, which depends on no action."""
+        """x: (B, 3, H, W) in [0, 1], H and W multiples of 8. Returns an `Encoding`, which depends
+        on no action."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % 8 or x.shape[3] % 8:
-            raise ValueError(f"AdaIR takes (B, 3, H, W) with H, W multiples of 8, not {tuple(x.shape)}; see restore()")
+            wanted = "(B, 3, H, W) with H, W multiples of 8"
+            raise ValueError(f"AdaIR takes {wanted}, not {tuple(x.shape)}; see restore()")
         x = x.contiguous(memory_format=torch.channels_last)  # so are all maps from here on
         skip1 = self.encoder_level1(self.patch_embed(x))
         skip2 = self.encoder_level2(self.down1_2(skip1))
@@ -351,10 +381,11 @@ class AdaIR(nn.Module):
         return Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
 
     def decode(self, encoding, controller=None, copies=1):
-        """The restored images (B n, 3, H, W), not clamped: every image n = `copies` times in a row, its features f and
-        their spectrum computed once. At AFLB number `level` (0, 1, 2) `controller(level, f, y)`, f (B, C, H, W) the images'
-        features and y (B n, C, H, W) the latents, returns (B n, 4): r_h, r_l, g_f, g_o. Without a controller: the
-        original's gates of 1, and rates by the mask rule."""
+        """The restored images (B n, 3, H, W), not clamped: every image n = `copies` times in a row,
+        its features f and their spectrum computed once. At AFLB number `level` (0, 1, 2)
+        `controller(level, f, y)`, f (B, C, H, W) the images' features and y (B n, C, H, W) the
+        latents, returns (B n, 4): r_h, r_l, g_f, g_o. Without a controller: the original's gates of
+        1, and rates by the mask rule."""
         x, skip1, skip2, skip3, latent = encoding
 
         def copied(t):  # joining keeps channels last, repeat_interleave() does not
@@ -384,17 +415,20 @@ class AdaIR(nn.Module):
 def restore(model, image, tile=None, controller=None, overlap=32, progress=False):
     """Restores an image of any size, from 8 px a side up.
 
-    image: (3, H, W) or (B, 3, H, W) in [0, 1], on any device; the result lies beside it, has its shape and is not clamped.
-    controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained model. The image is padded by reflection to a
-    multiple of 8. With `tile` (px, a multiple of 8) it is restored in overlapping tiles that are faded into each other over
-    `overlap` px, which bounds the memory; attention, FFT and controls then know a tile only, and that changes the numbers.
-    Raises ValueError for a shape or tile it cannot take.
+    image: (3, H, W) or (B, 3, H, W) in [0, 1], on any device; the result lies beside it, has its
+    shape and is not clamped. controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained
+    model. The image is padded by reflection to a multiple of 8. With `tile` (px, a multiple of 8)
+    it is restored in overlapping tiles that are faded into each other over `overlap` px, which
+    bounds the memory; attention, FFT and controls then know a tile only, and that changes the
+    numbers. Raises ValueError for a shape or tile it cannot take.
     """
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < 8:
-        raise ValueError(f"restore() takes (3, H, W) or (B, 3, H, W) with sides of 8 px or more, not {tuple(image.shape)}")
+        wanted = "(3, H, W) or (B, 3, H, W) with sides of 8 px or more"
+        raise ValueError(f"restore() takes {wanted}, not {tuple(image.shape)}")
     if tile is not None and (tile % 8 or tile <= 2 * overlap):
-        raise ValueError(f"the tile is {tile} px; it must be a multiple of 8 and more than {2 * overlap}")
+        wanted = f"a multiple of 8 and more than {2 * overlap}"
+        raise ValueError(f"the tile is {tile} px; it must be {wanted}")
     h, w = batch.shape[-2:]
     weight = model.output.weight
     padded = F.pad(batch.to(weight.device, weight.dtype), (0, -w % 8, 0, -h % 8), mode="reflect")
@@ -409,8 +443,8 @@ def _restore_tiles(model, padded, tile, controller, overlap, progress):
     h, w = padded.shape[-2:]
 
     def starts(side):
-        step = tile - overlap
-        return [min(i, side - tile) for i in range(0, max(side - overlap, 1), step)] if side > tile else [0]
+        ends = max(side - tile, 0)
+        return [min(i, ends) for i in range(0, max(side - overlap, 1), tile - overlap)]
 
     def window(n):  # rises and falls over the overlap; never 0, so that every pixel has weight
         ramp = (torch.arange(n, device=padded.device) + 1.0) / (overlap + 1)
@@ -435,8 +469,12 @@ def adair_config(state):
         return max(found, default=-1) + 1
 
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    # hidden = int(dim · expansion): the shortest decimal that gives the hidden width of every level (2.66 for AdaIR)
-    widths = [(dim << i, state[f"{name}.0.ffn.project_out.weight"].shape[1]) for i, name in enumerate(levels)]
+    # hidden = int(dim · expansion): the shortest decimal that gives the hidden width of every level
+    # (2.66 for AdaIR)
+    widths = [
+        (dim << i, state[f"{name}.0.ffn.project_out.weight"].shape[1])
+        for i, name in enumerate(levels)
+    ]
     low, high = max(h / c for c, h in widths), min((h + 1) / c for c, h in widths)
     candidates = (math.ceil(low * 10**digits) / 10**digits for digits in range(1, 9))
     return dict(
@@ -463,16 +501,18 @@ def read_checkpoint(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-        raise CheckpointError(f"{path} was refused: it holds more than tensors and plain values ({reason})") from None
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+        holds = f"it holds more than tensors and plain values ({reason:.100})"
+        raise CheckpointError(f"{path} was refused: {holds}") from None
+    except Exception as error:  # a damaged file fails in many ways, some of them without a text
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({error!r:.200})") from None
 
 
 def load_adair(path, checkpoint=None):
-    """The AdaIR stored at `path`, in eval mode and float32: an official checkpoint (Lightning with `net.` keys, a bare
-    state dict, .safetensors) or one of ours, which says its mask rule and rates. An official one is the original
-    (`mask_rule` "adair"). checkpoint: what `read_checkpoint(path)` gave, where it is read already.
+    """The AdaIR stored at `path`, in eval mode and float32: an official checkpoint (Lightning with
+    `net.` keys, a bare state dict, .safetensors) or one of ours, which says its mask rule and
+    rates. An official one is the original (`mask_rule` "adair"). checkpoint: what
+    `read_checkpoint(path)` gave, where it is read already.
 
     Raises CheckpointError, naming any tensor that is missing, unknown or of the wrong shape.
     """
@@ -481,7 +521,9 @@ def load_adair(path, checkpoint=None):
     if isinstance(checkpoint, dict) and "model" in checkpoint:
         state, config = checkpoint["model"], dict(checkpoint.get("config", {}))
     else:
-        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+        state = (
+            checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+        )
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no state dict of an AdaIR")
     state = {key.removeprefix("net."): value for key, value in state.items()}
@@ -492,7 +534,9 @@ def load_adair(path, checkpoint=None):
     try:
         model = AdaIR(**config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a configuration this AdaIR does not know ({error})") from None
+        raise CheckpointError(
+            f"{path} has a configuration this AdaIR does not know ({error})"
+        ) from None
     problems = state_problems(model, state)
     if problems:
         raise CheckpointError(f"{path} is not an AdaIR of {config}: " + "; ".join(problems))
@@ -501,13 +545,24 @@ def load_adair(path, checkpoint=None):
 
 
 def state_problems(model, state):
-    """One phrase for each kind of tensor that `state` lacks, has too many, or has in another shape."""
+    """One phrase for each kind of tensor that `state` lacks, has too many, or has in another
+    shape."""
     wanted = model.state_dict()
     unknown = [k for k in state if k not in wanted and not UNUSED.fullmatch(k)]
     missing = [k for k in wanted if k not in state]
-    other = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape]
+    other = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
 
     def phrase(kind, keys):
-        return f"{kind} {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        return f"{kind} {', '.join(keys[:8])}" + (
+            f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        )
 
-    return [phrase(k, v) for k, v in (("unknown", unknown), ("missing", missing), ("other shapes", other)) if v]
+    return [
+        phrase(k, v)
+        for k, v in (("unknown", unknown), ("missing", missing), ("other shapes", other))
+        if v
+    ]

@@ -1,8 +1,13 @@
-"""The policy: six Beta heads that turn AdaIR's three frequency blocks into 12 random controls per image (Appendix D).
+"""The policy: six Beta heads that turn AdaIR's three frequency blocks into 12 random controls per
+image (Appendix D).
 
-At each AFLB a rate head draws (r_h, r_l), the size of the low-frequency mask, and a fuse head draws (g_f, g_o), the
-weights of Eq. 5. The heads are the policy and the backbone is its environment: states are detached and remembered
-with the actions, so log π can be evaluated for other heads (or later ones) without running the backbone again.
+At each AFLB a rate head draws (r_h, r_l), the size of the low-frequency mask, and a fuse head draws
+(g_f, g_o), the weights of Eq. 5. The heads are the policy and the backbone is its environment:
+states are detached and remembered with the actions, so log π can be evaluated for other heads (or
+later ones) without running the backbone again.
+
+Whoever uses a policy knows four words of it: `sample`, `mean`, `evaluate` and `kl`. That its
+densities are Beta densities is said in this file alone.
 """
 
 import copy
@@ -20,36 +25,44 @@ GRID = 4  # a rate head sees the spectrum pooled to GRID × GRID
 HIDDEN = 16
 
 
+class PolicyError(ValueError):
+    """A policy cannot be used; the text says why, in one sentence."""
+
+
+# ---------------------------------------------------------------------------------- Beta densities
+
+
+def log_beta(alpha, beta):
+    """log B(α, β), elementwise."""
+    return torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+
+
 def beta_log_prob(a, alpha, beta):
     """log Beta(a; α, β), elementwise, the summand of Eq. 23. a in (0, 1), α, β > 0."""
-    log_b = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
-    return (alpha - 1) * a.log() + (beta - 1) * (-a).log1p() - log_b
+    return (alpha - 1) * a.log() + (beta - 1) * (-a).log1p() - log_beta(alpha, beta)
 
 
 def beta_entropy(alpha, beta):
     """Differential entropy of Beta(α, β) in nats, elementwise."""
     total = alpha + beta
-    log_b = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(total)
-    return (
-        log_b
-        - (alpha - 1) * torch.digamma(alpha)
-        - (beta - 1) * torch.digamma(beta)
-        + (total - 2) * torch.digamma(total)
-    )
+    pulls = (alpha - 1) * torch.digamma(alpha) + (beta - 1) * torch.digamma(beta)
+    return log_beta(alpha, beta) - pulls + (total - 2) * torch.digamma(total)
 
 
 def beta_kl(alpha1, beta1, alpha2, beta2):
     """KL(Beta(α1, β1) ‖ Beta(α2, β2)) in nats, elementwise."""
     total1, total2 = alpha1 + beta1, alpha2 + beta2
-    log_b1 = torch.lgamma(alpha1) + torch.lgamma(beta1) - torch.lgamma(total1)
-    log_b2 = torch.lgamma(alpha2) + torch.lgamma(beta2) - torch.lgamma(total2)
-    return (
-        log_b2
-        - log_b1
-        + (alpha1 - alpha2) * torch.digamma(alpha1)
-        + (beta1 - beta2) * torch.digamma(beta1)
-        + (total2 - total1) * torch.digamma(total1)
-    )
+    pulls = (alpha1 - alpha2) * torch.digamma(alpha1) + (beta1 - beta2) * torch.digamma(beta1)
+    pulls = pulls + (total2 - total1) * torch.digamma(total1)
+    return log_beta(alpha2, beta2) - log_beta(alpha1, beta1) + pulls
+
+
+@torch.no_grad()
+def sample_beta(alpha, beta, generator=None):
+    """Draws from Beta(α, β) inside EDGE, without gradient: a pathwise term would spoil the
+    score-function gradient."""
+    gammas = torch._standard_gamma(torch.stack((alpha, beta)), generator=generator)
+    return (gammas[0] / gammas.sum(dim=0)).clamp(EDGE, 1 - EDGE)
 
 
 def soft_cap(raw):
@@ -57,67 +70,63 @@ def soft_cap(raw):
     return RAW_MAX - F.softplus(RAW_MAX - raw)
 
 
-class PolicyError(ValueError):
-    """A stored policy cannot be used; the text says why, in one sentence."""
+# ----------------------------------------------------------------------------------------- policy
 
 
 class BetaHead(nn.Module):
-    """State (B, C, n, n) -> (α, β), each (B, 2), all > 1: one unimodal density for each of two controls."""
+    """State (…, C, n, n) -> (α, β), each (…, 2), all > 1: one unimodal density for each of two
+    controls."""
 
     def __init__(self, channels, grid, means, concentration):
         super().__init__()
         self.embed = nn.Conv2d(channels * grid * grid, HIDDEN, 1)
         self.out = nn.Conv2d(HIDDEN, 4, 1)
-        start = torch.tensor([m * concentration for m in means] + [(1 - m) * concentration for m in means])
-        if start.min() <= 1 or start.max() >= 1 + math.exp(RAW_MAX):
-            raise ValueError(f"a Beta of means {means} and concentration {concentration:g} is out of a head's reach")
-        raw = (start - 1).log()  # α = 1 + exp(raw): an Adam step on raw is a relative step in α
+        alphas = [m * concentration for m in means]
+        betas = [(1 - m) * concentration for m in means]
+        if min(alphas + betas) <= 1 or max(alphas + betas) >= 1 + math.exp(RAW_MAX):
+            out = f"a Beta of means {means} and concentration {concentration:g}"
+            raise PolicyError(f"{out} is out of a head's reach")
+        # α = 1 + exp(raw): an Adam step on raw is a relative step in α
+        raw = (torch.tensor(alphas + betas) - 1).log()
         nn.init.zeros_(self.out.weight)
         self.out.bias.data = RAW_MAX - (RAW_MAX - raw).expm1().log()  # the inverse of soft_cap
 
     def forward(self, state):
-        hidden = F.gelu(F.linear(state.flatten(1), self.embed.weight.flatten(1), self.embed.bias))
-        raw = F.linear(hidden, self.out.weight.flatten(1), self.out.bias)  # as products: a GPU's convolutions round to TF32
-        alpha, beta = (1 + soft_cap(raw).exp()).chunk(2, dim=1)
-        return alpha, beta
+        # 1×1 convolutions of 1×1 maps, as matrix products: a GPU's convolutions round to TF32
+        embed, out = self.embed.weight.flatten(1), self.out.weight.flatten(1)
+        hidden = F.gelu(F.linear(state.flatten(-3), embed, self.embed.bias))
+        raw = F.linear(hidden, out, self.out.bias)
+        return (1 + soft_cap(raw).exp()).chunk(2, dim=-1)
 
 
 class BetaPolicy(nn.Module):
-    """Six independent heads for a backbone whose AFLBs have `channels` (three numbers) and start at `rates`.
+    """Six independent heads for a backbone whose AFLBs have `channels` (three numbers) and start at
+    `rates`.
 
-    concentration: α + β of the gates, and of the rates as far as their mean allows. Every control starts where the
-    pre-trained model is: the rates' mean is what the backbone was trained with, and gates act divided by their initial
-    mean, so their deterministic effect is a factor of 1.
+    concentration: α + β of the gates, and of the rates as far as their mean allows. Every control
+    starts where the pre-trained model is: the rates' mean is what the backbone was trained with,
+    and gates act divided by their initial mean, so their deterministic effect is a factor of 1.
+    Raises PolicyError for a concentration that no head can give.
     """
+
+    kind = "beta"
 
     def __init__(self, channels, rates, concentration=30.0):
         super().__init__()
         self.config = dict(channels=list(channels), rates=list(rates), concentration=concentration)
-        spread = max(concentration, *(1.5 / min(r, 1 - r) for r in rates))  # α, β of 1.5 at least
-        self.rate = nn.ModuleList(BetaHead(1, GRID, rates, spread) for _ in channels)
-        self.fuse = nn.ModuleList(BetaHead(c, 1, (GATE_MEAN, GATE_MEAN), concentration) for c in channels)
-
-    def level(self, level, rate_state, fuse_state):
-        """(α, β), each (B, 4) in the order of CONTROLS, of one AFLB. Always float32."""
-        with torch.autocast(fuse_state.device.type, enabled=False):
-            pairs = self.rate[level](rate_state.float()), self.fuse[level](fuse_state.float())
-            return tuple(torch.cat(parameters, dim=1) for parameters in zip(*pairs))
-
-    def forward(self, states):
-        """(α, β), each (B, 3, 4), of stored states (three pairs of rate and fuse state)."""
-        levels = [self.level(i, *state) for i, state in enumerate(states)]
-        return tuple(torch.stack(parameters, dim=1) for parameters in zip(*levels))
-
-    def log_prob(self, states, actions):
-        """log π(a|s) of Eq. 23, (B,), for actions (B, 3, 4)."""
-        return beta_log_prob(actions, *self(states)).sum(dim=(1, 2))
+        narrowest = max(1.5 / min(r, 1 - r) for r in rates)  # α, β of 1.5 at least
+        of_rates = max(concentration, narrowest)
+        gates = (GATE_MEAN, GATE_MEAN)
+        self.rate = nn.ModuleList(BetaHead(1, GRID, rates, of_rates) for _ in channels)
+        self.fuse = nn.ModuleList(BetaHead(c, 1, gates, concentration) for c in channels)
 
     def sample(self, generators=(None,)):
-        """A controller that draws its actions, from one generator for every image, so that they do not depend on the rest of the
-        batch, or from one for all."""
+        """A controller that draws its actions, from one generator for every image, so that they do
+        not depend on the rest of the batch, or from one for all."""
 
         def act(level, alpha, beta):
-            parts = zip(alpha.chunk(len(generators)), beta.chunk(len(generators)), generators)
+            n = len(generators)
+            parts = zip(alpha.chunk(n), beta.chunk(n), generators)
             return torch.cat([sample_beta(*part) for part in parts])
 
         return Controller(self, act)
@@ -130,46 +139,64 @@ class BetaPolicy(nn.Module):
         """A controller that repeats stored actions (B, 3, 4)."""
         return Controller(self, lambda level, alpha, beta: actions[:, level])
 
-    def replay_and_mean(self, actions):
-        """For a batch that holds every image twice in a row: stored actions (B, 3, 4) on the first copy, the mean on the
-        second."""
+    def evaluate(self, states, actions):
+        """What the heads say of stored states and actions (…, 3, 4): (log π(a|s) of Eq. 23 (…),
+        entropy (…) in nats, {name: scalar} to log)."""
+        alpha, beta = self.densities(states)
+        log_prob = beta_log_prob(actions, alpha, beta).sum(dim=(-2, -1))
+        entropy = beta_entropy(alpha, beta).sum(dim=(-2, -1))
+        shown = {"mean": alpha / (alpha + beta), "concentration": alpha + beta}
+        statistics = {
+            f"policy/{level + 1}.{control}/{name}": value[..., level, k].detach().mean()
+            for name, value in shown.items()
+            for level in range(alpha.shape[-2])
+            for k, control in enumerate(CONTROLS)
+        }
+        return log_prob, entropy, statistics
 
-        def act(level, alpha, beta):
-            mean = alpha / (alpha + beta)
-            return torch.stack((actions[:, level], mean[1::2]), dim=1).flatten(0, 1)
+    def kl(self, reference, states):
+        """KL(π ‖ reference) in nats on stored states, in closed form: (…)."""
+        pair = (*self.densities(states), *reference.densities(states))
+        return beta_kl(*pair).sum(dim=(-2, -1))
 
-        return Controller(self, act)
+    def densities(self, states):
+        """(α, β), each (…, 3, 4), of stored states (three pairs of rate and fuse state)."""
+        levels = [self.level(i, *state) for i, state in enumerate(states)]
+        return tuple(torch.stack(parameters, dim=-2) for parameters in zip(*levels))
+
+    def level(self, level, rate_state, fuse_state):
+        """(α, β), each (…, 4) in the order of CONTROLS, of one AFLB. Always float32."""
+        with torch.autocast(fuse_state.device.type, enabled=False):
+            pairs = self.rate[level](rate_state.float()), self.fuse[level](fuse_state.float())
+            return tuple(torch.cat(parameters, dim=-1) for parameters in zip(*pairs))
 
     def frozen_copy(self):
-        """π_ref or π_old: the same heads, without gradient."""
+        """π_ref: the same heads, without gradient."""
         return copy.deepcopy(self).requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def sample_beta(alpha, beta, generator=None):
-    """Draws from Beta(α, β) without gradient (a pathwise term would spoil the score-function gradient), inside EDGE."""
-    gammas = torch._standard_gamma(torch.stack((alpha, beta)), generator=generator)
-    return (gammas[0] / gammas.sum(dim=0)).clamp(EDGE, 1 - EDGE)
-
-
 def observe(f, y):
-    """What the heads see of an AFLB's inputs f (B, C, H, W) and y (B n, C, H, W), n latents per image; detached, float32.
+    """What the heads see of an AFLB's inputs f (B, C, H, W) and y (B n, C, H, W), n latents per
+    image; detached, float32.
 
-    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B n, 1, GRID, GRID): few
-    inputs, as with Adam every one of them adds to how far a head moves in one step. The FFT is orthonormal, since under
-    the norm "forward" of the masks |F| is so small that the logarithm would do nothing.
-    Fuse state: the latent pooled to (B n, C, 1, 1) and compressed by sign·log(1 + |·|), whatever its scale.
+    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to
+    (B n, 1, GRID, GRID): few inputs, as with Adam every one of them adds to how far a head moves in
+    one step. The FFT is orthonormal, since under the norm "forward" of the masks |F| is so small
+    that the logarithm would do nothing.
+    Fuse state: the latent pooled to (B n, C, 1, 1) and compressed by sign·log(1 + |·|), whatever
+    its scale.
     """
     f, y = f.detach().float(), y.detach().float()
     spectrum = torch.fft.fftshift(torch.fft.fft2(f, norm="ortho").abs(), dim=(-2, -1)).log1p()
-    pooled = y.mean(dim=(2, 3), keepdim=True)
     rate_state = F.adaptive_avg_pool2d(spectrum.mean(dim=1, keepdim=True), GRID)
-    return rate_state.repeat_interleave(len(y) // len(f), dim=0), pooled.sign() * pooled.abs().log1p()
+    pooled = y.mean(dim=(2, 3), keepdim=True)
+    fuse_state = pooled.sign() * pooled.abs().log1p()
+    return rate_state.repeat_interleave(len(y) // len(f), dim=0), fuse_state
 
 
 class Controller:
-    """What `AdaIR.decode` asks for its controls. Remembers what it saw and did:
-    states, three pairs (rate, fuse); actions, (B, 3, 4) in (0, 1)."""
+    """What `AdaIR.decode` asks for its controls. Remembers what it saw and did: states, three pairs
+    (rate, fuse); actions, (B, 3, 4) in (0, 1)."""
 
     def __init__(self, policy, act):
         self.policy, self.act = policy, act
@@ -191,20 +218,35 @@ class Controller:
         return torch.stack(self._actions, dim=1)
 
 
-def load_policy(checkpoint):
-    """The policy of a post-trained checkpoint (what `model.read_checkpoint` returns), or None of a pre-trained one.
-    Raises PolicyError for heads of another make."""
-    if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
-        return None
-    try:
-        policy = BetaPolicy(**checkpoint["policy_config"])
-        policy.load_state_dict(checkpoint["policy"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PolicyError(f"the checkpoint holds a policy this version does not know ({reason})") from None
-    return policy.eval()
+# ------------------------------------------------------------------------------------- checkpoints
 
 
 def policy_for(model, concentration=30.0):
-    """A fresh policy for a backbone; with it, the deterministic output is what the backbone gives alone."""
+    """A fresh policy for a backbone; with it, the deterministic output is what the backbone gives
+    alone."""
     return BetaPolicy(model.channels, model.config["rates"], concentration)
+
+
+def policy_state(policy):
+    """What a checkpoint holds of a policy."""
+    config = dict(kind=policy.kind, **policy.config)
+    return dict(policy=policy.state_dict(), policy_config=config)
+
+
+def load_policy(checkpoint):
+    """The policy of a post-trained checkpoint (what `model.read_checkpoint` returns), or None of a
+    pre-trained one. Raises PolicyError for one of another kind, or of another make."""
+    if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
+        return None
+    try:
+        config = {"kind": "beta", **checkpoint["policy_config"]}  # early ones do not say so
+        kind = config.pop("kind")
+        if kind != BetaPolicy.kind:
+            hint = f"this version reads {BetaPolicy.kind!r}"
+            raise PolicyError(f"the checkpoint holds a policy of kind {kind!r}; {hint}")
+        policy = BetaPolicy(**config)
+        policy.load_state_dict(checkpoint["policy"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = f"{error!r:.200}"
+        raise PolicyError(f"the checkpoint holds no policy of this version ({reason})") from None
+    return policy.eval()

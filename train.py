@@ -1,494 +1,676 @@
-"""IRPO: GRPO post-training of an image restorer. The loop is `post_train`, one step of it `irpo_step`.
+"""IRPO: GRPO post-training of an image restorer. The method is `post_train`, from top to bottom.
 
-    python train.py --hard-ratio 0.3      post-train the demo model on its hard samples, nothing downloaded
-    python train.py pretrain …            AdaIR's own supervised training, which the demo model came from
+python train.py --hard-ratio 0.3      post-train the demo model on its hard samples, nothing
+downloaded
 """
 
-import argparse
 import contextlib
 import copy
-import itertools
+import dataclasses
 import math
 import os
 import shlex
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
+import tyro
 
-import data
-import grpo
-import judge as judges
-import model as adair
-import policy as policies
+import judge as judge_program
+import mining
+import report
 import rewards
 import runs
+from data import (
+    TASK_WORDS,
+    Crops,
+    DataError,
+    adair_repeats,
+    list_training,
+    names_digest,
+    split_usable,
+    task_names,
+)
+from grpo import (
+    best_of_group,
+    decode_best_and_mean,
+    group_advantages,
+    grpo_loss,
+    rollout,
+    supervised_losses,
+    take,
+    total_loss,
+)
+from judge import Judge, JudgeError, is_url
+from metrics import evaluate, evaluation_pair, psnr
+from model import CheckpointError, load_adair, read_checkpoint, restore
+from policy import PolicyError, load_policy, policy_for, policy_state
+from rewards import RewardError
 
 DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
+ERRORS = (DataError, CheckpointError, PolicyError, RewardError, JudgeError)
 
-# What pre-training builds unless told otherwise: Table 6.
-NEW_MODEL = dict(dim=48, blocks=[4, 6, 6, 8], refinement=4, rate=0.25)
+# ------------------------------------------------------------------------------------------- flags
 
-# What a preset sets; any flag given on the command line wins over it.
+# What a preset sets; a flag that is given wins over it.
 PRESETS = {
-    "demo": dict(steps=200, epochs=0, batch_size=1, lr=1e-5, head_lr_factor=600.0, eval_every=100, save_every=50, rewards="default"),
-    "paper": dict(steps=0, epochs=30, batch_size=1, lr=3e-5, head_lr_factor=6.0, eval_every=5000, save_every=500, rewards="paper"),
+    "demo": dict(
+        steps=200,
+        epochs=0,
+        batch_size=1,
+        lr=1e-5,
+        head_lr_factor=600.0,
+        eval_every=100,
+        save_every=50,
+        rewards="default",
+    ),
+    "paper": dict(
+        steps=0,
+        epochs=30,
+        batch_size=1,
+        lr=3e-5,
+        head_lr_factor=6.0,
+        eval_every=5000,
+        save_every=500,
+        rewards="paper",
+    ),
 }
 
 
-# What may go wrong in mid-run; the rest is a bug.
-FAILURES = (runs.RunError, judges.JudgeError, data.DataError, OSError, torch.OutOfMemoryError)
-SKIPS_IN_A_ROW = 5  # so many steps without a finite loss and gradient end a run
+@dataclass
+class Samples:
+    """which images are trained on: D_hard, Sec. 3.2"""
 
-# What the judge's flags are unless given; a resumed run takes those that are.
-JUDGE = dict(
-    judge="none", judge_model=None, judge_device=None, judge_mode="logits", judge_prompt=None, judge_args=None,
-    judge_timeout=60.0, judge_patience=5,
-)  # fmt: skip
+    data_root: str | None = None
+    """AdaIR's data folder, or a folder of photos; without it, photographs inside scikit-image"""
+    tasks: tuple[Literal[TASK_WORDS], ...] = ()
+    """some of them: denoise derain dehaze is Table 7, one alone Table 1; without it, all there
+    are"""
+    listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
+    """file that names the training images to use, one path under --data-root a line"""
+    hard_ratio: float = 0.3
+    """share of the training set in D_hard, Table 6"""
+    select: Literal["hard", "random", "easy", "all"] = "hard"
+    """which samples, Fig. 5"""
+    hard_scope: Literal["task", "global"] = "task"
+    """rank within each task and noise level, or all together"""
+    scores: tuple[str, ...] = ()
+    """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
+    files"""
+    crop: int = 128
+    """px, a multiple of 8, Table 6"""
+    workers: int | None = None
+    """processes that load images; without it, 4 beside a GPU, else none"""
 
 
-def irpo_step(model, policy, ref, reward, batch, args, progress, generators, judge=None):
-    """Forward and backward of one IRPO step; gradients are left in the parameters.
+@dataclass
+class Training:
+    """how long and how fast: Table 6"""
 
-    batch: degraded and gt (B, 3, H, W), B tasks; generators: one per image, or one for all, which its actions are drawn from; judge: judge.Judge,
-    which R_qwen comes from. Returns (metrics, replay): metrics {name: scalar tensor}, and what `policy_loss` needs to use the group once more.
+    steps: int | None = None
+    """updates; 0: by --epochs (preset demo: 200)"""
+    epochs: int | None = None
+    """passes over D_hard (preset paper: 30)"""
+    batch_size: int | None = None
+    """images per update and process, each with a group of its own (both presets: 1)"""
+    lr: float | None = None
+    """Adam's rate for the backbone (preset demo: 1e-5, paper: 3e-5)"""
+    head_lr_factor: float | None = None
+    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates (preset demo: 600, paper:
+    6)"""
+    freeze_backbone: bool = False
+    """train the heads alone, without Eq. 1 and 2"""
+    amp: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
+    eval_every: int | None = None
+    """steps between validations, which choose best.pt (preset demo: 100, paper: 5000)"""
+    save_every: int | None = None
+    """steps between checkpoints, last.pt (preset demo: 50, paper: 500)"""
+    keep_every: int = 0
+    """steps between checkpoints that are kept, step-N.pt; 0: none"""
+    max_minutes: float | None = None
+    """end with a checkpoint after so long; --resume takes another"""
+
+
+@dataclass
+class Policy:
+    """the policy and its loss: Eq. 4–11"""
+
+    group_size: int = 4
+    """G, rollouts per image, Table 5"""
+    concentration: float = 30.0
+    """α + β that the gates start with"""
+    clip: float = 0.2
+    """ϵ of Eq. 10"""
+    kl_beta: float = 0.04
+    """β of Eq. 6"""
+    entropy_tau: float = 0.01
+    """τ of Eq. 6, Table 6"""
+    kl: Literal["sample", "exact"] = "sample"
+    """Eq. 11, or the closed form"""
+    inner_epochs: int = 1
+    """updates of the heads per group; above 1 the clip can bind"""
+    mask_rule: Literal["fraction", "adair"] = "fraction"
+    """how rates become masks; under adair they do nothing at 128 px"""
+
+
+@dataclass
+class Scoring:
+    """the reward: Eq. 22"""
+
+    rewards: str | None = None
+    """terms: default, paper, or a list as psnr,ssim=0.3,task (preset demo: default, paper:
+    paper)"""
+    weights_dir: str | None = None
+    """where clip, lpips and aes find their weights; without it, torch's cache"""
+
+
+@dataclass
+class Expert:
+    """the judge behind R_qwen: Appendix B.2"""
+
+    judge: str = "none"
+    """Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1"""
+    judge_model: str | None = None
+    """what a server calls the judge's model"""
+    judge_device: str | None = None
+    """its own; without it, rank i's is cuda:(world size + i), beside a CPU trainer cpu"""
+    judge_mode: Literal["logits", "generate"] = "logits"
+    """expectation over the score's tokens, or generate: the paper's written answer"""
+    judge_prompt: str | None = None
+    """file with a prompt of your own: <gt>, <degraded>, <restored> mark the images"""
+    judge_args: str = ""
+    """further flags of judge.py: --judge-args='--min-pixels 50176 --dtype fp16'"""
+    judge_timeout: float = 60.0
+    """s a step waits for it before it is started again"""
+    judge_patience: int = 5
+    """failures in a row after which the run stops"""
+
+
+@dataclass
+class Config:
+    """Post-train a restorer by IRPO, or by its control."""
+
+    preset: Literal["demo", "paper"] = "demo"
+    """demo: minutes on two CPU cores; paper: Table 6"""
+    init: str = str(DEMO_MODEL)
+    """pre-trained AdaIR to start from, official or ours"""
+    out: str | None = None
+    """run folder to create; without it, runs/OBJECTIVE-DATE-TIME-seedSEED"""
+    resume: str | None = None
+    """run folder to continue, with its own settings"""
+    objective: Literal["irpo", "sft"] = "irpo"
+    """irpo: Eq. 7; sft: the control, L1 on the deterministic output"""
+    seed: int = 0
+    """of crops and actions"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
+    samples: Samples = field(default_factory=Samples)
+    training: Training = field(default_factory=Training)
+    policy: Policy = field(default_factory=Policy)
+    scoring: Scoring = field(default_factory=Scoring)
+    expert: Expert = field(default_factory=Expert)
+    command: Annotated[str, tyro.conf.Suppress] = ""
+
+
+GROUPS = dict(samples=Samples, training=Training, policy=Policy, scoring=Scoring, expert=Expert)
+
+
+def parse(argv):
+    """The configuration of a run: flags over preset, or over the stored ones of a resumed run.
+    Raises RunError for flags that cannot work."""
+    flags = partial(
+        tyro.cli,
+        Config,
+        prog="train.py",
+        description=__doc__,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    config = flags()
+    if config.resume:
+        stored = load_config(config.resume)
+        config = resumed(flags(default=stored), stored)
+    else:
+        fill(config)
+        config.command = shlex.join(["python", "train.py", *argv])
+    check(config)
+    return config
+
+
+def fill(config):
+    """What the preset decides, and paths made absolute so that --resume works from any folder."""
+    if config.training.epochs and config.training.steps is None:
+        config.training.steps = 0  # whoever names epochs means epochs
+    for key, value in PRESETS[config.preset].items():
+        group = config.scoring if key == "rewards" else config.training
+        if getattr(group, key) is None:
+            setattr(group, key, value)
+    name = f"{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    config.out = config.out or f"runs/{name}"
+    config.init = str(Path(config.init).resolve())
+    for group, key in [
+        (config.samples, "data_root"),
+        (config.samples, "listed"),
+        (config.scoring, "weights_dir"),
+        (config.expert, "judge_prompt"),
+    ]:
+        path = getattr(group, key)
+        setattr(group, key, path and str(Path(path).resolve()))
+    if Path(config.expert.judge).is_dir():
+        config.expert.judge = str(Path(config.expert.judge).resolve())
+
+
+def load_config(folder):
+    """The Config in a run folder's config.json. Raises RunError."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise runs.RunError(f"{folder} is no run folder: it has no config.json")
+    stored = runs.load_json(path)
+    try:
+        for name, group in GROUPS.items():
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
+            stored[name] = group(**values)
+        return Config(**stored)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise runs.RunError(f"{path} is not of this version ({error})") from None
+
+
+def resumed(config, stored):
+    """The configuration of a run that goes on, where only --max-minutes and the judge's flags may
+    be given besides. Raises RunError for others."""
+    free = dataclasses.replace(
+        config,
+        resume=stored.resume,
+        expert=stored.expert,
+        training=dataclasses.replace(config.training, max_minutes=stored.training.max_minutes),
+    )
+    if free != stored:
+        hint = "give --resume RUN alone, or with --max-minutes and --judge… flags"
+        raise runs.RunError(f"a resumed run keeps its settings: {hint}")
+    if (config.expert.judge == "none") != (stored.expert.judge == "none"):
+        hint = "a run cannot gain or lose its judge"
+        raise runs.RunError(f"{config.resume} keeps its reward: {hint}")
+    if not is_url(config.expert.judge) and config.expert.judge_model == stored.expert.judge_model:
+        config.expert.judge_model = None  # that of a server
+    if "WORLD_SIZE" in os.environ:
+        config.device = config.device.split(":")[0]
+    return config
+
+
+def check(config):
+    """Raises RunError, in one sentence, for values that cannot work."""
+    training, policy, expert = config.training, config.policy, config.expert
+    runs.check_numbers(config, least=dict(seed=0), most=dict(seed=2**31 - 1))
+    least = dict(crop=8, workers=0)
+    runs.check_numbers(config.samples, dict(hard_ratio=0), least, dict(hard_ratio=1, workers=256))
+    least = dict(steps=0, epochs=0, lr=0, head_lr_factor=0, keep_every=0)
+    least |= dict(batch_size=1, eval_every=1, save_every=1)
+    runs.check_numbers(training, above=dict(max_minutes=0), least=least)
+    least = dict(group_size=1, clip=0, kl_beta=0, entropy_tau=0, inner_epochs=1)
+    runs.check_numbers(policy, dict(concentration=2), least, dict(concentration=3000))
+    runs.check_numbers(expert, dict(judge_timeout=0), dict(judge_patience=1))
+    runs.check_multiple_of_8("--crop", config.samples.crop)
+    runs.check_device(config.device)
+    for path in config.samples.scores:
+        runs.check_file("--scores", path)
+    runs.check_file("--list", config.samples.listed)
+    runs.check_file("--judge-prompt", expert.judge_prompt)
+    if not training.steps and not training.epochs:
+        raise runs.RunError("--steps and --epochs are both 0: nothing would be trained")
+    if config.objective == "sft" and training.freeze_backbone:
+        raise runs.RunError("--objective sft with --freeze-backbone would train nothing")
+    if config.objective == "sft" and expert.judge != "none":
+        raise runs.RunError("--objective sft has no reward: leave --judge out")
+    if is_url(expert.judge) != bool(expert.judge_model):
+        hint = "it goes with --judge http://… and only with that"
+        raise runs.RunError(f"--judge-model names the model of a server: {hint}")
+
+
+# -------------------------------------------------------------------------------------- the method
+
+
+@dataclass
+class State:
+    """What a run is at a step: all that a checkpoint holds."""
+
+    model: torch.nn.Module
+    policy: torch.nn.Module
+    reference: torch.nn.Module  # π_ref
+    optimizer: torch.optim.Optimizer
+    total: int  # crops of the whole run
+    step: int = 0
+    seen: int = 0  # crops
+    validated: int = -1  # the step of the last validation
+    best: float = -math.inf  # dB, of the validations so far
+    before: list = field(default_factory=list)  # rows of the validation at step 0
+
+    COUNTERS = ("total", "step", "seen", "validated", "best", "before")
+
+    @classmethod
+    def attach(cls, config, pretrained, hard, checkpoint=None):
+        """A policy attached to a copy of the pre-trained model, such that the deterministic output
+        is the model's; or both as a checkpoint has them."""
+        torch.manual_seed(config.seed)
+        model = copy.deepcopy(pretrained)
+        model.config["mask_rule"] = config.policy.mask_rule
+        model.requires_grad_(not config.training.freeze_backbone)
+        policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
+        policy = policy.to(config.device)
+        backbone = [p for p in model.parameters() if p.requires_grad]
+        rate, head_rate = config.training.lr, config.training.lr * config.training.head_lr_factor
+        groups = [dict(params=policy.parameters(), lr=head_rate, name="lr_heads")]
+        groups += [dict(params=backbone, lr=rate, name="lr")] if backbone else []
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+        crops_a_step = config.training.batch_size * runs.processes()
+        total = config.training.steps * crops_a_step or config.training.epochs * len(hard)
+        state = cls(model, policy, policy.frozen_copy(), optimizer, total)
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
+            state.reference.load_state_dict(checkpoint["ref"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for name in cls.COUNTERS:
+                setattr(state, name, checkpoint[name])
+        return state
+
+    def checkpoint(self):
+        weights = dict(model=self.model.state_dict(), config=self.model.config)
+        rest = dict(ref=self.reference.state_dict(), optimizer=self.optimizer.state_dict())
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
+        return weights | policy_state(self.policy) | rest | counters
+
+    @property
+    def progress(self):
+        """From 0 to 1 over the run."""
+        return self.seen / self.total
+
+    def restore(self, image):
+        """The deterministic output, for images of any size."""
+        return restore(self.model, image, controller=self.policy.mean())
+
+
+def post_train(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
+    """IRPO: mines the samples, attaches a policy to the pre-trained model, trains both. Returns the
+    State after the last step.
+
+    run: runs.Run, entered; reward: rewards.Reward, or what is called like it; val: samples that
+    choose best.pt; judge: judge.Judge; checkpoint: what a run that goes on had saved.
     """
-    degraded, gt, tasks = batch
-    with torch.set_grad_enabled(not args.freeze_backbone), half_precision(args):
-        encoding = model.encode(degraded)  # no action in it: one serves the whole group and the deterministic output
+    # Sec. 3.2: the training images that the pre-trained model restores worst
+    hard = hard_samples(config, run, pretrained, samples)
+    crops = Crops(hard, config.samples.crop, config.seed)
 
-    with torch.no_grad():
-        with half_precision(args):
-            y, states, actions = draw_group(model, policy, encoding, args.group_size, generators)
-        scores = judge and judge.ask(degraded, y, gt)  # at work while the other rewards are computed
-        r, terms = reward(y, gt, tasks, scores)  # (B, G), Eq. 22; asks for the scores last
-    advantages = grpo.group_advantages(r)  # Eq. 8
-    best = grpo.best_of_group(r)  # g*
+    # Eq. 4: six heads that start where the pre-trained model is; π_ref stays there
+    state = State.attach(config, pretrained, hard, checkpoint)
+    model, policy, reference, optimizer = (
+        state.model,
+        state.policy,
+        state.reference,
+        state.optimizer,
+    )
+    run.start(state, config.objective, shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
+
+    for batch in run.batches(
+        crops, config.training.batch_size, config.samples.workers, config.device
+    ):
+        validate_when_due(config, run, val)
+
+        # Eq. 4, 5: encode once, decode G sampled actions without graph
+        generators = action_generators(config, batch.numbers)
+        with half_precision(config):
+            encoding = model.encode(batch.degraded)
+            group = rollout(model, policy, encoding, config.policy.group_size, generators)
+
+        # Eq. 22, 8: reward every rollout, normalise within its group
+        scores, terms = reward(group.restored, batch.degraded, batch.gt, batch.tasks, judge)
+        advantages = group_advantages(scores)  # (B, G)
+
+        # Eq. 1, 2: the best rollout and the mean action again, with graph, train the backbone
+        best_actions = take(group.actions, best_of_group(scores))
+        with half_precision(config):
+            best, mean = decode_best_and_mean(model, policy, encoding, best_actions)
+        loss_sup, loss_cons = supervised_losses(best, mean, batch.gt)
+
+        # Eq. 6, 9–11: the stored states and actions train the heads
+        with torch.no_grad():
+            old, *_ = policy.evaluate(group.states, group.actions)  # log π_old
+            ref, *_ = reference.evaluate(group.states, group.actions)
+        metrics = describe(batch, scores, terms, best, mean, judge)
+        for _ in range(config.policy.inner_epochs):  # once more, and the clip can bind
+            log_prob, entropy, statistics = policy.evaluate(group.states, group.actions)
+            exact = policy.kl(reference, group.states) if config.policy.kl == "exact" else None
+            weights = config.policy.clip, config.policy.kl_beta, config.policy.entropy_tau
+            loss_rl, learned = grpo_loss(log_prob, old, ref, advantages, entropy, *weights, exact)
+
+            # Eq. 7: one objective, one backward pass, one step
+            loss = total_loss(loss_rl, loss_sup, loss_cons, state.progress)
+            optimizer.zero_grad()
+            loss.backward()
+            metrics |= {"loss/sup": loss_sup, "loss/cons": loss_cons, **learned, **statistics}
+            metrics |= run.step(optimizer, loss)
+            loss_sup, loss_cons = loss_sup.detach(), loss_cons.detach()  # the backbone learns once
+
+        run.finish(metrics)
+    return state
+
+
+def fine_tune(config, run, pretrained, samples, val, checkpoint=None):
+    """The control: the same samples, steps and rates, L1 of the deterministic output alone; no
+    rollouts, no reward, no RL. Returns the State after the last step."""
+    hard = hard_samples(config, run, pretrained, samples)
+    crops = Crops(hard, config.samples.crop, config.seed)
+    state = State.attach(config, pretrained, hard, checkpoint)
+    run.start(state, config.objective, shown=dict(psnr="psnr_det"))
+    for batch in run.batches(
+        crops, config.training.batch_size, config.samples.workers, config.device
+    ):
+        validate_when_due(config, run, val)
+        with half_precision(config):
+            mean = state.model(batch.degraded, state.policy.mean())
+        loss = (mean - batch.gt).abs().mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        metrics = run.step(state.optimizer, loss)
+        psnrs = dict(
+            psnr_in=batch_psnr(batch.degraded, batch.gt), psnr_det=batch_psnr(mean, batch.gt)
+        )
+        run.finish(metrics | psnrs)
+    return state
+
+
+def hard_samples(config, run, pretrained, samples):
+    """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
+    digest, path = mining.model_digest(pretrained), run.folder / "hard.json"
+    if path.exists():
+        hard = mining.load_hard(path, digest, samples)
+    else:
+        pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
+        known = mining.known_scores(config.samples.scores, digest)
+        rows, problems = mining.mine(
+            partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
+        )
+        report_skipped(problems)
+        if not rows:
+            where = config.samples.data_root or "the embedded photographs"
+            crops = f"can be used with crops of {config.samples.crop} px"
+            raise DataError(f"none of the training images of {where} {crops}")
+        choice = config.samples.hard_ratio, config.samples.select, config.samples.hard_scope
+        chosen = mining.select(rows, *choice, config.seed)
+        names = [(rows[i]["task"], rows[i]["name"]) for i in chosen]
+        by_name = {(s.task, s.name): s for s in samples}
+        hard = [by_name[name] for name in names]
+        mining.save_hard(path, digest, rows, chosen, hard)
+        runs.same_everywhere("set of hard images", names_digest(hard))
+    how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
+    runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
+    return adair_repeats(hard) if config.samples.select == "all" else hard
+
+
+def action_generators(config, numbers):
+    """One generator for the actions of each crop, which follow from its number alone."""
+    generators = [torch.Generator(config.device) for _ in numbers]
+    return [g.manual_seed((config.seed << 32) + n) for g, n in zip(generators, numbers)]
+
+
+def half_precision(config):
+    """Autocast of the backbone to bfloat16 under --amp bf16. What the policy computes is float32
+    all the same."""
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
+
+
+def validate_when_due(config, run, val):
+    """Every --eval-every steps, from step 0 on: the deterministic output on `val` chooses
+    best.pt."""
+    state = run.state
+    if state.step % config.training.eval_every or state.step <= state.validated:
+        return
+    rows = validate(run, state.restore, val, "validate")
+    state.before = state.before or rows
+    keep_best(run, rows)
+    state.validated = state.step
+
+
+def validate(run, restoring, val, desc, also=None):
+    """AdaIR's protocol over `val`, shared by the processes."""
+    return evaluate(restoring, val, also, partial(runs.spread, desc=desc, stop=run.stop))
+
+
+def keep_best(run, rows):
+    """Saves best.pt if the mean PSNR over tasks of these rows is the highest so far."""
+    value = report.mean_of_tasks(rows, "psnr") if rows else -math.inf
+    if value > run.state.best:
+        run.state.best = value
+        run.save("best.pt")
+
+
+def batch_psnr(restored, gt):
+    """Mean PSNR in dB over a batch."""
+    mse = (restored.detach().clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return (-10 * mse.log10()).mean()
+
+
+def describe(batch, scores, terms, best, mean, judge):
+    """What the log says of a group's rewards and outputs: {name: scalar}."""
+    spread = scores.std(dim=1, correction=0)  # (B,)
     metrics = {
-        "reward": r.mean(),
-        "reward_std": r.std(dim=1, correction=0).mean(),
-        "frac_reward_zero_std": (r.std(dim=1, correction=0) < 1e-7).float().mean(),
-        "psnr_in": batch_psnr(degraded, gt),
+        "reward": scores.mean(),
+        "reward_std": spread.mean(),
+        "frac_reward_zero_std": (spread < 1e-7).float().mean(),
+        "psnr_in": batch_psnr(batch.degraded, batch.gt),
+        "psnr_best": batch_psnr(best, batch.gt),
+        "psnr_det": batch_psnr(mean, batch.gt),
     }
     for name, value in terms.items():
         value = value[value.isfinite().all(dim=1)]  # the judge may have failed a group
         if len(value):
-            metrics |= {f"rewards/{name}/mean": value.mean(), f"rewards/{name}/std": value.std(dim=1, correction=0).mean()}
-
-    if args.freeze_backbone:
-        supervised = 0.0
-        with torch.no_grad(), half_precision(args):
-            y_det = model.decode(encoding, policy.mean())
-        metrics |= {"psnr_best": batch_psnr(grpo.take(y, best), gt), "psnr_det": batch_psnr(y_det, gt)}
-    else:  # the backbone: g* again and the mean action, with graph, as one batch of two per image
-        control = policy.replay_and_mean(grpo.take(actions, best))
-        with half_precision(args):
-            y_best, y_det = model.decode(encoding, control, copies=2).unflatten(0, (-1, 2)).unbind(1)
-        l_sup, l_cons = grpo.supervised_losses(y_best, y_det, gt)  # Eq. 1, 2
-        supervised = grpo.total_loss(0.0, l_sup, l_cons, progress)
-        metrics |= {"loss/sup": l_sup, "loss/cons": l_cons}
-        metrics |= {"psnr_best": batch_psnr(y_best, gt), "psnr_det": batch_psnr(y_det, gt)}
-
-    with torch.no_grad():
-        logp_old = policy.log_prob(states, actions)
-        logp_ref = ref.log_prob(states, actions)
-    replay = (states, actions, logp_old, logp_ref, advantages)
-    rl, policy_metrics = policy_loss(policy, ref, replay, args)
-    loss = rl + supervised  # Eq. 7
-    loss.backward()
-    return metrics | policy_metrics | {"loss/total": loss}, replay
+            metrics[f"rewards/{name}/mean"] = value.mean()
+            metrics[f"rewards/{name}/std"] = value.std(dim=1, correction=0).mean()
+    if judge and judge.problem:
+        runs.say(f"judge: {judge.problem}")
+    return metrics | (judge.metrics if judge else {})
 
 
-def draw_group(model, policy, encoding, group_size, generators, at_once=4):
-    """G stochastic rollouts per image, without graph, Eq. 4: (restored (B·G, 3, H, W), states, actions (B·G, 3, 4)).
-
-    They are decoded as one batch, or `at_once` per image after each other, so that the memory a larger group takes is
-    that of its images.
-    """
-    encoding, parts = encoding.detach(), []
-    for first in range(0, group_size, at_once):
-        n = min(at_once, group_size - first)
-        rollout = policy.sample(generators)
-        y = model.decode(encoding, rollout, copies=n)
-        flat = (y, rollout.actions, *(state for level in rollout.states for state in level))
-        parts.append([t.unflatten(0, (-1, n)) for t in flat])  # (B, n, …) each
-    y, actions, *states = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*parts))
-    return y, list(zip(states[::2], states[1::2])), actions
+# --------------------------------------------------------------------------------- around the
+# method
 
 
-def half_precision(args):
-    """Autocast of the backbone to bfloat16 under --amp bf16. What the policy computes is float32 all the same."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16")
-
-
-def compile_blocks(model):
-    """torch.compile of every transformer block by itself, in place: blocks of one shape share their code, and the
-    controllers between them stay plain Python. Raises RunError where torch.compile does not work."""
-    try:
-        torch.compile(torch.square)(next(model.parameters()))
-    except Exception as error:
-        raise runs.RunError(no_compiler(error)) from None
-    torch._dynamo.config.cache_size_limit = 64  # per function: four widths × (encode, group, pair, validation), and their graphs
-    for block in model.modules():
-        if isinstance(block, adair.TransformerBlock):
-            block.compile()
-
-
-def no_compiler(error):
-    reason = " ".join(str(error).split())[:200]
-    return f"--compile does not work here, leave it out ({type(error).__name__}: {reason})"
-
-
-def policy_loss(policy, ref, replay, args):
-    """L_RL of the heads (Eq. 6) on stored states and actions. Returns (loss, metrics)."""
-    states, actions, logp_old, logp_ref, advantages = replay
-    alpha, beta = policy(states)  # (B·G, 3, 4)
-    logp = policies.beta_log_prob(actions, alpha, beta).sum(dim=(1, 2))  # Eq. 23
-    entropy = policies.beta_entropy(alpha, beta).sum(dim=(1, 2))
-    exact_kl = None
-    if args.kl == "exact":
-        exact_kl = policies.beta_kl(alpha, beta, *ref(states)).sum(dim=(1, 2)).view_as(advantages)
-    group = (t.view_as(advantages) for t in (logp, logp_old, logp_ref))
-    loss, metrics = grpo.grpo_loss(
-        *group, advantages, entropy.view_as(advantages), args.clip, args.kl_beta, args.entropy_tau, exact_kl
-    )
-    mean, concentration = (alpha / (alpha + beta)).mean(dim=0), (alpha + beta).mean(dim=0)  # (3, 4)
-    for level in range(3):
-        for k, name in enumerate(policies.CONTROLS):
-            metrics[f"policy/{level + 1}.{name}/mean"] = mean[level, k].detach()
-            metrics[f"policy/{level + 1}.{name}/concentration"] = concentration[level, k].detach()
-    return loss, metrics
-
-
-def sft_step(model, policy, batch, args):
-    """The control: L1 of the deterministic output alone, on the same samples; no rollouts, no reward."""
-    degraded, gt, _ = batch
-    with half_precision(args):
-        y_det = model(degraded, policy.mean())
-    loss = (y_det - gt).abs().mean()
-    loss.backward()
-    return {"loss/total": loss, "psnr_in": batch_psnr(degraded, gt), "psnr_det": batch_psnr(y_det, gt)}
-
-
-def batch_psnr(y, gt):
-    """Mean PSNR in dB over a batch."""
-    mse = (y.detach().clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return (-10 * mse.log10()).mean()
-
-
-def post_train(args, interrupts, judge=None):
-    """The whole method: list, mine, post-train, compare. Returns the run folder. Raises runs.Stopped when `interrupts` end it, with a checkpoint."""
-    device = args.device
-    run = Path(args.resume or args.out)
-    if not args.resume and runs.rank() == 0:
-        runs.refuse_existing(run)
-    checkpoint = adair.read_checkpoint(run / "last.pt") if args.resume and (run / "last.pt").exists() else None
+def train(config, stop, judge=None):
+    """A run from its files to its report: what it is made of, the method, before against after."""
+    folder = Path(config.resume or config.out)
+    if not config.resume and runs.rank() == 0:
+        runs.refuse_existing(folder)
+    last = folder / "last.pt"
+    checkpoint = read_checkpoint(last) if config.resume and last.exists() else None
 
     # The three things a run is made of: a pre-trained model, a reward, samples.
-    pretrained = load_pretrained(args.init, args.mask_rule).to(device, memory_format=torch.channels_last)
-    terms = rewards.parse_terms(args.rewards, judge is not None)
-    if args.objective == "irpo" and args.crop < rewards.smallest_side(terms):
-        raise runs.RunError(f"crops of {args.crop} px are too small for these rewards: they need {rewards.smallest_side(terms)}")
-    reward = rewards.Reward(terms, device, args.weights_dir) if args.objective == "irpo" else None
-    digest = data.model_digest(pretrained)
-    known = known_scores([args.scores, run / "hard.json", run / "mining.jsonl"], digest)
-    train, val = usable_samples([args.data_root], args.crop, data.task_names(args.tasks), args.list)
-    runs.same_everywhere("model or checkpoint", [digest, checkpoint["step"] if checkpoint else None])
-    run.mkdir(parents=True, exist_ok=True)
+    pretrained = load_pretrained(config.init, config.policy.mask_rule)
+    pretrained = pretrained.to(config.device, memory_format=torch.channels_last)
+    reward = None if config.objective == "sft" else make_reward(config, judge)
+    samples, val = usable_samples(config.samples)
+    step = checkpoint["step"] if checkpoint else None
+    runs.same_everywhere("model or checkpoint", [mining.model_digest(pretrained), step])
+
+    folder.mkdir(parents=True, exist_ok=True)
     if judge:
-        start_judge(judge, val[0], args)
-    runs.save_json(run / "config.json", vars(args) | {"device": runs.device_for_all(device)})  # from here on, --resume goes on
+        start_judge(judge, val[0], config)
+    stored = dataclasses.replace(config, resume=None, device=torch.device(config.device).type)
+    stored.device = config.device if runs.processes() == 1 else stored.device
+    runs.save_json(folder / "config.json", dataclasses.asdict(stored))  # now --resume goes on
     if reward:
-        described = rewards.describe_terms(terms, judge and f"{args.judge_model or args.judge}, {args.judge_mode}")
-        print_terms(described)
-        runs.save_json(run / "rewards.json", described)
+        expert = config.expert
+        name = judge and f"{expert.judge_model or expert.judge}, {expert.judge_mode}"
+        describe_reward(reward, name, folder)
 
-    before_restore = partial(adair.restore, pretrained)
-    hard = mine_hard(args, run, before_restore, digest, known, train, resumed=checkpoint is not None)
-    del train, known
-
-    # The policy starts where the pre-trained model is; π_ref stays there.
-    torch.manual_seed(args.seed)
-    model = copy.deepcopy(pretrained)
-    model.config["mask_rule"] = args.mask_rule
-    policy = policies.load_policy(checkpoint) if checkpoint else policies.policy_for(model, args.concentration)
-    policy = policy.to(device)
-    ref = policy.frozen_copy()
-    optimizer = adam(model, policy, args)
-    together = args.batch_size * runs.processes()
-    step, seen, total, best_psnr, validated = 0, 0, args.steps * together or args.epochs * len(hard), -math.inf, 0  # seen, total: crops
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        ref.load_state_dict(checkpoint["ref"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seen, total, best_psnr, validated = (checkpoint[k] for k in ("step", "seen", "total", "best_psnr", "validated"))
-
-    def save(name):
-        weights = dict(model=model.state_dict(), config=model.config, policy=policy.state_dict(), policy_config=policy.config)
-        rest = dict(ref=ref.state_dict(), optimizer=optimizer.state_dict(), step=step, seen=seen, total=total)
-        runs.save_checkpoint(run / name, weights | rest | dict(best_psnr=best_psnr, validated=validated))
-
-    pictures = one_of_each_task(val)
-    before, before_images = runs.evaluate(before_restore, val, "before", pictures)
-    if not checkpoint:
-        best_psnr = keep_best(save, before, best_psnr)  # best.pt starts as the start
-    after_restore = partial(adair.restore, model, controller=policy.mean())
-    if args.compile:
-        compile_blocks(model)
-    crops = data.Crops(hard, args.crop, args.seed, total)
-    log = runs.Log(run, step)
-    bar = tqdm(total=step + math.ceil((total - seen) / together), initial=step, desc=args.objective, unit="step", smoothing=0.05)
-    skipped, start = 0, time.perf_counter()
-    updating = False
-    try:
-        for batch in runs.batches(crops, args.batch_size, seen, args.workers, device):
-            if step % args.eval_every == 0 and step > validated:
-                best_psnr = keep_best(save, runs.evaluate(after_restore, val, "validate")[0], best_psnr)
-                validated, start = step, time.perf_counter()
-            interrupts.hold()  # a step is done whole or not at all
-            updating = True
-            metrics = update(model, policy, ref, reward, optimizer, batch, args, seen / total, judge)
-            step, seen, updating = step + 1, seen + together, False
-            skipped, judged = after_step(batch, metrics, skipped, interrupts, judge)
-            metrics |= judged | {"lr": args.lr, "lr_heads": args.lr * args.head_lr_factor, "step_time": time.perf_counter() - start}
-            log.write(step, metrics)
-            shown = {"reward": "reward", "psnr": "psnr_det", "kl": "kl"}
-            bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in shown.items() if v in metrics}, refresh=False)
-            bar.update()
-            if args.keep_every and step % args.keep_every == 0:
-                save(f"step-{step:06d}.pt")
-            if step % args.save_every == 0:
-                save("last.pt")
-            start = time.perf_counter()
-            interrupts.release()
-    except (runs.Stopped, *FAILURES) as ended:
-        interrupts.hold()
-        bar.close()
-        if not updating or args.inner_epochs == 1:  # between inner epochs a step is half done
-            save("last.pt")
-        raise runs.ending(ended, interrupts, step, f"--resume {run}") from None
-    save("last.pt")
-    bar.close()
-    log.close()
-
-    if len(set(runs.gather(data.model_digest(model)))) > 1:  # rounding, where machines differ; a bug where they do not
-        print("note: the weights of the processes are not equal to the bit; those of the first one are kept")
-
-    # The last checkpoint against the start, on images nothing was trained on or chosen by.
-    after, after_images = runs.evaluate(after_restore, val, "after", pictures)
-    keep_best(save, after, best_psnr)
-    if runs.rank() == 0:
-        write_report(run, args, before, after, val, pictures, before_images, after_images)
-    return run
-
-
-def update(model, policy, ref, reward, optimizer, batch, args, progress, judge):
-    """One step: gradients on this process's part of the batch, their average over all processes, Adam. Returns {name: number}."""
-    degraded, gt, tasks, names, numbers, _ = batch
-    metrics, replay = {}, None
-    optimizer.zero_grad()
-    if names:
-        images = degraded.to(args.device, non_blocking=True), gt.to(args.device, non_blocking=True), tasks
-        if args.objective == "irpo":
-            generators = [torch.Generator(args.device).manual_seed((args.seed << 32) + n) for n in numbers]
-            metrics, replay = irpo_step(model, policy, ref, reward, images, args, progress, generators, judge)
+    again = f"--resume {folder}"
+    every = config.training.save_every, config.training.keep_every
+    with runs.Run(folder, stop, again, *every, failures=ERRORS) as run:
+        if reward:
+            state = post_train(config, run, pretrained, reward, samples, val, judge, checkpoint)
         else:
-            metrics = sft_step(model, policy, images, args)
-    metrics = optimizer_step(optimizer, metrics, len(names))
-    for _ in range(args.inner_epochs - 1):  # the same group again: ρ leaves 1, the clip may bind
-        more = {}
-        optimizer.zero_grad()
-        if replay:
-            loss, more = policy_loss(policy, ref, replay, args)
-            loss.backward()
-        skipped = metrics["skipped"]
-        metrics |= optimizer_step(optimizer, more, len(names))
-        metrics["skipped"] = max(metrics["skipped"], skipped)
-    return metrics
-
-
-def after_step(batch, metrics, skipped, interrupts, judge=None):
-    """What all processes do after a step, done or skipped: tell each other and the user. skipped: how many before it were, in a row; returns (that number now, the
-    judge's metrics). Raises RunError when it is SKIPS_IN_A_ROW."""
-    names, broken, judged = runs.exchange(batch, judge, interrupts)
-    report_skipped(broken)
-    skipped = skipped + 1 if metrics["skipped"] else 0
-    if skipped == SKIPS_IN_A_ROW:
-        raise runs.RunError(f"loss or gradient were not finite {skipped} times in a row, the last time on {', '.join(names)}")
-    return skipped, judged
-
-
-def mine_hard(args, run, restore, digest, known, train, resumed):
-    """D_hard (Sec. 3.2): the samples that the pre-trained model, `restore`, does worst on; writes hard.json. Until that is there the
-    scores lie in mining.jsonl, so that a mining that was ended goes on. known: {digest of a sample: PSNR}."""
-    gpu, rows, broken = runs.on_gpu(args.device), [], []
-    scored_before = (dict(digest=d, psnr=v) for d, v in known.items())
-    lines = runs.Appended(run / "mining.jsonl", itertools.chain([dict(model=digest)], scored_before))
-    with tqdm(total=len(train), desc="mining", unit="image", smoothing=0.1, leave=False) as bar:
-        for part in runs.share(train, 64 if gpu else 16):
-            found = data.mine(restore, part, known, 1 << 20 if gpu else 0, lambda n: bar.update(n * runs.processes()))
-            for scored, problems in runs.gather(found):
-                lines.write(dict(digest=row["digest"], psnr=row["psnr"]) for row in scored if row["digest"] not in known)
-                rows += scored
-                broken += problems
-    lines.close()
-    report_skipped(broken)
-    if not rows:
-        raise data.DataError("none of the training images can be read")
-    chosen = data.select(rows, args.hard_ratio, args.select, args.hard_scope, args.seed)
-    for i in chosen:
-        rows[i]["selected"] = True
-    mined = dict(model=digest, ratio=args.hard_ratio, select=args.select, rows=rows)
-    if runs.rank() == 0 and resumed and not runs.is_saved(run / "hard.json", mined):
-        raise runs.RunError(f"the training images or the model at {args.init} changed since {run} began: start a new run")
-    runs.save_json(run / "hard.json", mined)
-    if runs.rank() == 0:
-        (run / "mining.jsonl").unlink()
-    print(f"D_hard: {len(chosen)} of {len(rows)} training images ({args.select}, ratio {args.hard_ratio})")
-    wanted = {(rows[i]["task"], rows[i]["name"]) for i in chosen}
-    hard = [s for s in train if (s.task, s.name) in wanted]
-    return data.adair_repeats(hard) if args.select == "all" else hard
-
-
-@contextlib.contextmanager
-def judge_of(args):
-    """The judge --judge asks for, not yet started, or None. It ends with the block."""
-    if args.judge == "none":
-        yield None
-        return
-    batch = str(args.batch_size * args.group_size)
-    command = [sys.executable, judges.__file__, "--parent", str(os.getpid()), "--mode", args.judge_mode, "--batch-size", batch]
-    if args.judge_prompt:
-        command += ["--prompt", args.judge_prompt]
-    if judges.is_url(args.judge):  # a little less time than we wait for it, so that it can say which request failed
-        command += ["--server", args.judge, "--model", args.judge_model, "--timeout", str(0.9 * args.judge_timeout), "--device", "cpu"]
-    else:
-        command += ["--model", args.judge, "--device", args.judge_device or judge_device(args.device)]
-    command += args.judge_args or []
-    log = Path(args.resume or args.out) / (f"judge-{runs.rank()}.log" if runs.rank() else "judge.log")
-    judge = judges.Judge(command, log, args.judge_timeout, args.judge_patience)
-    try:
-        yield judge
-    finally:
-        judge.close()
-
-
-def judge_device(device):
-    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside a CPU trainer to the CPU.
-    Raises RunError if there is no such GPU."""
-    if not runs.on_gpu(device):
-        return "cpu"
-    world, rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    taken = torch.device(device).index or 0
-    wanted = 0 if world == 1 and taken else world + rank
-    if wanted >= torch.cuda.device_count():
-        raise runs.RunError(
-            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has {torch.cuda.device_count()}: name one with "
-            f"--judge-device ({device} would be shared with the training), or a server with --judge"
-        )
-    return f"cuda:{wanted}"
-
-
-def start_judge(judge, sample, args):
-    """Starts it, and has it score a batch of a step's size: what it cannot do shows before anything is computed."""
-    degraded, gt = data.evaluation_pair(sample)
-    shape = (args.crop, args.crop)
-    degraded, gt = (torch.nn.functional.interpolate(t[None], shape).repeat(args.batch_size, 1, 1, 1) for t in (degraded, gt))
-    print(f"starting the judge {args.judge}, whose log is {judge.log}")
-    judge.start(degraded, gt, args.group_size)
+            state = fine_tune(config, run, pretrained, samples, val, checkpoint)
+        run.save("last.pt")
+        if len(set(runs.gather(mining.model_digest(state.model)))) > 1:
+            runs.say(
+                "note: the processes' weights are not equal to the bit; the first one's are kept"
+            )
+        write_report(config, run, pretrained, val)
 
 
 def load_pretrained(path, wanted_rule):
-    """The AdaIR to start from, under the mask rule it was trained with. Raises CheckpointError for one that is post-trained,
-    since its policy would be lost, and for one trained under "fraction" when the original's rule is wanted."""
-    checkpoint = adair.read_checkpoint(path)
+    """The AdaIR to start from, under the mask rule it was trained with. Raises CheckpointError for
+    one that is post-trained, since its policy would be lost, and for one trained under "fraction"
+    when the original's rule is wanted."""
+    checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and "policy" in checkpoint:
-        raise adair.CheckpointError(f"{path} is post-trained, and its policy would be lost: --init wants a pre-trained model")
-    model = adair.load_adair(path, checkpoint=checkpoint)
+        hint = "its policy would be lost: --init wants a pre-trained model"
+        raise CheckpointError(f"{path} is post-trained, and {hint}")
+    model = load_adair(path, checkpoint=checkpoint)
     if model.config["mask_rule"] == "fraction" != wanted_rule:
-        raise adair.CheckpointError(f"{path} was trained under mask rule fraction: --mask-rule {wanted_rule} would change what it computes")
+        hint = f"--mask-rule {wanted_rule} would change what it computes"
+        raise CheckpointError(f"{path} was trained under mask rule fraction: {hint}")
     return model
 
 
-def one_of_each_task(samples):
-    """Indices of one sample per task, of different images where there are several."""
-    members = [[i for i, s in enumerate(samples) if s.task == t] for t in dict.fromkeys(s.task for s in samples)]
-    return [indices[k % len(indices)] for k, indices in enumerate(members)]
+def make_reward(config, judge):
+    """The composite reward that --rewards asks for. Raises RewardError, and RunError where the
+    crops are too small."""
+    weights = rewards.parse_terms(config.scoring.rewards, judge is not None)
+    side = rewards.smallest_side(weights)
+    if config.samples.crop < side:
+        crops = f"crops of {config.samples.crop} px are too small for these rewards"
+        raise runs.RunError(f"{crops}: they need {side}")
+    return rewards.Reward(weights, config.device, config.scoring.weights_dir)
 
 
-def adam(model, policy, args):
-    """Adam for the heads and, unless it is frozen, the backbone, each at its rate."""
-    groups = [dict(params=policy.parameters(), lr=args.lr * args.head_lr_factor)]
-    if not args.freeze_backbone:
-        # A model without controller asks rate_conv; with one, nobody does.
-        named = [p for name, p in model.named_parameters() if ".rate_conv." not in name]
-        groups.append(dict(params=named, lr=args.lr))
-    return torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+def describe_reward(reward, judge, folder):
+    """Prints and stores the table of terms; judge: what to call it."""
+    rows = rewards.describe_terms(reward.weights, judge)
+    table = report.markdown(rows[0], [row.values() for row in rows])
+    runs.say("reward, Eq. 22: weights are renormalised over the terms that are on (--rewards)")
+    runs.say(f"{table}\n")
+    runs.save_json(folder / "rewards.json", rows)
 
 
-def optimizer_step(optimizer, metrics, images, clip=math.inf):
-    """Averages gradients and metrics, scalar tensors, over the processes, which did `images` each; then Adam's step, unless the loss or the
-    gradient is not finite. clip: the norm that gradients are reduced to. Returns {name: number}, with grad_norm and skipped, which is 1 if no
-    step was taken."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    metrics = runs.average(parameters, metrics, images)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if clip < math.inf:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    norm = norm.item()
-    finite = math.isfinite(norm) and math.isfinite(metrics.get("loss/total", 0))
-    if finite:
-        optimizer.step()
-    return metrics | {"grad_norm": norm, "skipped": int(not finite)}
-
-
-def keep_best(save, rows, best_psnr):
-    """Saves best.pt if the mean PSNR over tasks of these validation rows is the highest so far."""
-    values = runs.mean_by_task(rows, "psnr").values()
-    if sum(values) / len(values) > best_psnr:
-        best_psnr = sum(values) / len(values)
-        save("best.pt")
-    return best_psnr
-
-
-def known_scores(paths, digest):
-    """{sample digest: psnr} of earlier minings (hard.json files) under the model of this digest."""
-    known = {}
-    for path in paths:
-        if path and Path(path).exists():
-            stored = runs.load_json(path) if Path(path).suffix == ".json" else list(runs.read_lines(path))
-            try:
-                stored = dict(stored[0], rows=stored[1:]) if isinstance(stored, list) else stored
-                scores = {row["digest"]: row["psnr"] for row in stored["rows"]}
-                same = stored["model"] == digest
-            except (KeyError, TypeError, IndexError):
-                raise runs.RunError(f"{path} is not the hard.json of a run") from None
-            print(f"{path}: {len(scores)} scores " + ("reused" if same else "of another model, not used"))
-            known |= scores if same else {}
-    return known
-
-
-def usable_samples(roots, crop, tasks=None, listed=None):
-    """(training, validation) samples of all roots (None: the embedded photographs), as far as their headers promise to
-    work; what does not is named. Raises DataError when nothing is left."""
-    sources = [data.list_training(root, tasks=tasks, listed=listed) for root in roots]
-    train, val, problems = (sum(parts, []) for parts in zip(*sources))
-    runs.same_everywhere("list of images", data.names_digest(train + val))
-    train, more = data.check_headers(train, crop, runs.spread)
-    val, val_problems = data.check_headers(val, 16)
-    val, broken = data.check_pixels(val)  # a measurement that fails at the end would cost the whole run
-    report_skipped(problems + more + val_problems + broken)
-    if train and not val:
-        raise data.DataError(f"none of the images set aside to measure on can be read: {(val_problems + broken)[0]}")
-    if not train:
-        where = ", ".join(str(root or "the embedded photographs") for root in roots)
-        raise data.DataError(f"none of the training images of {where} can be used with crops of {crop} px")
-    tasks = Counter(s.task for s in train)
-    print("training images: " + ", ".join(f"{task} {n}" for task, n in tasks.items()) + f"; set aside: {len(val)}")
+def usable_samples(samples):
+    """(training, validation) samples; those to measure on are decoded once, those to train on when
+    they are mined. Raises DataError when nothing is left to measure on."""
+    tasks = task_names(samples.tasks) if samples.tasks else ()
+    train, val, problems = list_training(samples.data_root, tasks=tasks, listed=samples.listed)
+    runs.same_everywhere("list of images", names_digest(train + val))
+    val, broken = split_usable(val, 16)
+    report_skipped(problems + broken)
+    if not val:
+        words = "none of the images set aside to measure on can be read"
+        raise DataError(f"{words}: {broken[0]}")
+    counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in train).items())
+    runs.say(f"training images: {counts}; set aside: {len(val)}")
     return train, val
 
 
@@ -496,347 +678,149 @@ def report_skipped(problems, shown=20):
     """Names what is left out of training, the first ones in full, and counts it."""
     problems = list(dict.fromkeys(problems))
     for problem in problems[:shown]:
-        tqdm.write(f"skipped: {problem}")
+        runs.say(f"skipped: {problem}")
     if problems:
         more = f"; {len(problems) - shown} more are not shown" if len(problems) > shown else ""
-        tqdm.write(f"{len(problems)} image(s) or pair(s) skipped in training{more}")
+        runs.say(f"{len(problems)} image(s) or pair(s) skipped in training{more}")
 
 
-def print_terms(rows):
-    print("reward, Eq. 22: the weights below are renormalised over the terms that are on (--rewards)")
-    print(f"  {'term':6} {'weight':>7} {'paper':>7}")
-    for row in rows:
-        print(f"  {row['term']:6} {row['weight']:7.3f} {row['paper']:7.3f}  {row['state']}")
+def make_judge(config, stop):
+    """The judge --judge asks for, not yet started, in a context that ends it; or of None."""
+    expert = config.expert
+    if expert.judge == "none":
+        return contextlib.nullcontext()
+    size = str(config.training.batch_size * config.policy.group_size)
+    command = [sys.executable, judge_program.__file__, "--parent", str(os.getpid())]
+    command += ["--mode", expert.judge_mode, "--batch-size", size]
+    if expert.judge_prompt:
+        command += ["--prompt", expert.judge_prompt]
+    if is_url(expert.judge):
+        # a little less time than we wait for it, so that it can say which request failed
+        seconds = str(0.9 * expert.judge_timeout)
+        command += ["--server", expert.judge, "--model", expert.judge_model]
+        command += ["--timeout", seconds, "--device", "cpu"]
+    else:
+        device = expert.judge_device or judge_device(config.device)
+        command += ["--model", expert.judge, "--device", device]
+    command += shlex.split(expert.judge_args)
+    name = f"judge-{runs.rank()}.log" if runs.rank() else "judge.log"
+    log = Path(config.resume or config.out) / name
+    judge = Judge(command, log, expert.judge_timeout, expert.judge_patience, stop.check)
+    return contextlib.closing(judge)
 
 
-def write_report(run, args, before, after, val, pictures, before_images, after_images):
-    """The before/after table, curves.png, samples.png and report.md; prints the table and where everything lies."""
-    table = runs.before_after_table(before, after)
-    steps = failures = lost = 0
-    for row in runs.read_metrics(run):
-        steps, failures, lost = steps + 1, failures + row.get("judge/failures", 0), lost + row["skipped"]
-    every = 1 + steps // 10_000  # what a plot can show
-    runs.plot_curves(run, list(itertools.islice(runs.read_metrics(run), 0, None, every)))
-    figures = []
-    for i in pictures:
-        degraded, gt = data.evaluation_pair(val[i])
-        figures.append((val[i].task, degraded, before_images[i], after_images[i], gt))
-    runs.plot_samples(run / "samples.png", figures)
-    skipped = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
-    judged = f" The judge left {int(failures)} rollouts without a score in {steps} steps." if args.judge != "none" else ""
-    what = "IRPO" if args.objective == "irpo" else "the SFT control (L1 on the deterministic output)"
+def judge_device(device):
+    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside
+    a CPU trainer to the CPU. Raises RunError if there is no such GPU."""
+    if not runs.on_gpu(device):
+        return "cpu"
+    world, taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device(device).index or 0
+    wanted = 0 if world == 1 and taken else world + runs.local_rank()
+    there = torch.cuda.device_count()
+    if wanted >= there:
+        raise runs.RunError(
+            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has {there}: name "
+            f"one with --judge-device ({device} would be shared with the training), "
+            "or a server with --judge"
+        )
+    return f"cuda:{wanted}"
+
+
+def start_judge(judge, sample, config):
+    """Starts it, and has it score a batch of a step's size: what it cannot do shows before anything
+    is computed."""
+    side, n = config.samples.crop, config.training.batch_size
+    images = [F.interpolate(t[None], (side, side)) for t in evaluation_pair(sample)]
+    degraded, gt = (t.repeat(n, 1, 1, 1) for t in images)
+    runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
+    judge.start(degraded, gt, config.policy.group_size)
+
+
+def one_of_each_task(samples):
+    """One sample per task, of different images where there are several."""
+    groups = {}
+    for sample in samples:
+        groups.setdefault(sample.task, []).append(sample)
+    return [group[k % len(group)] for k, group in enumerate(groups.values())]
+
+
+def write_report(config, run, pretrained, val):
+    """The last step against the start, on images nothing was trained on or chosen by: report.md,
+    report.json, curves.png, samples.png."""
+    state, folder = run.state, run.folder
+    pictures = {}
+    wanted = one_of_each_task(val[:: runs.processes()])  # the first process restores these
+
+    def also(sample, degraded, restored, gt):
+        if sample in wanted:
+            pictures[sample] = degraded, restored, gt
+        return {}
+
+    before, after = state.before, validate(run, state.restore, val, "after", also)
+    keep_best(run, after)
+    if runs.rank():
+        return
+    rows = []
+    for sample in wanted:
+        degraded, restored, gt = pictures[sample]
+        images = dict(input=degraded, before=restore(pretrained, degraded), after=restored)
+        captions = [(f"{name}  {psnr(image, gt):.2f} dB", image) for name, image in images.items()]
+        captions[0] = f"{sample.task}: {captions[0][0]}", degraded
+        rows.append([*captions, ("truth", gt)])
+    runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
+    metrics = list(runs.read_metrics(folder))
+    every = 1 + len(metrics) // 10_000  # what a plot can show
+    report.plot_curves(folder / "curves.png", metrics[::every])
+
+    table = report.before_after_table(before, after)
+    lost, failures = (
+        int(sum(row.get(k, 0) for row in metrics)) for k in ("skipped", "judge/failures")
+    )
+    notes = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
+    if config.expert.judge != "none":
+        notes += f" The judge left {failures} rollouts without a score in {len(metrics)} steps."
+    sft = config.objective == "sft"
+    what = "the SFT control (L1 on the deterministic output)" if sft else "IRPO"
     text = f"""# {what}: before and after, {len(before)} held-out images
 
 {table}
 
-Seed {args.seed}, torch {torch.__version__}, {args.device}. PSNR and SSIM by AdaIR's protocol, deterministic output of the last step.{judged}{skipped}
-Command: `python train.py {shlex.join(args.argv)}`
+Seed {config.seed}, torch {torch.__version__}, {config.device}. PSNR and SSIM by AdaIR's protocol,
+deterministic output of the last step.{notes}
+Command: `{config.command}`
 
 ![curves](curves.png)
 ![samples](samples.png)
 """
-    runs.write_atomic(run / "report.md", text.encode())
-    runs.save_json(run / "report.json", dict(before=before, after=after))
-    print(f"\n{table}\n\neverything of this run lies in {run}: report.md, curves.png, samples.png, last.pt, metrics.jsonl")
+    runs.write_atomic(folder / "report.md", text.encode())
+    runs.save_json(folder / "report.json", dict(before=before, after=after))
+    files = "report.md, curves.png, samples.png, last.pt, metrics.jsonl"
+    runs.say(f"\n{table}\n\neverything of this run lies in {folder}: {files}")
 
 
-def pretrain(args, interrupts):
-    """Supervised AdaIR: L1, Adam with warm-up and cosine decay; the result, model.pt, is an average of the weights.
-
-    Killed, the same command goes on where it stopped (bit for bit on the same machine).
-    """
-    samples, val = usable_samples([r for r in (args.data_root, args.photos) if r] or [None], max(args.crop))
-    missing = [t for t in args.cycle if t not in {s.task for s in samples}]
-    if missing:
-        raise data.DataError(f"there are no training images for {', '.join(missing)}: give --photos, or leave it out of --cycle")
-
-    torch.manual_seed(args.seed)
-    shape = {k: v for k in NEW_MODEL if (v := getattr(args, k)) is not None}
-    if args.init:
-        if shape:
-            raise runs.RunError(f"--{next(iter(shape))} goes with a new model: that of --init brings its own")
-        net = load_pretrained(args.init, args.mask_rule)
-        net.config["mask_rule"] = args.mask_rule
-    else:
-        shape = {**NEW_MODEL, **shape}
-        rate = shape["rate"] if args.mask_rule == "fraction" else adair.EMPTY_RATE
-        net = adair.AdaIR(shape["dim"], shape["blocks"], shape["refinement"], mask_rule=args.mask_rule, rates=(rate, rate))
-    net = net.train().to(args.device, memory_format=torch.channels_last)
-    averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
-    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=averaging)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-
-    run = Path(args.out)
-    run.mkdir(parents=True, exist_ok=True)
-    step = 0
-    settings = {k: getattr(args, k) for k in ("data_root", "photos", "init", "seed", "lr", "ema", "crop", "batch_size", "cycle")}
-    settings["processes"] = runs.processes()
-    if (run / "pretrain.pt").exists():
-        state = adair.read_checkpoint(run / "pretrain.pt")
-        if not {"net", "ema", "opt", "step", "config", "settings"} <= state.keys():
-            raise runs.RunError(f"{run}/pretrain.pt is not of this version: choose another --out")
-        if state["config"] != net.config:
-            raise runs.RunError(f"{run} holds the training of another model ({state['config']}): choose another --out")
-        other = [k for k, v in settings.items() if state["settings"].get(k) != v]
-        if other:
-            name = "number of processes" if other[0] == "processes" else f"--{other[0].replace('_', '-')}"
-            raise runs.RunError(f"{run} was trained with another {name}: give the same, or another --out")
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["opt"])
-        step = state["step"]
-        print(f"{run} goes on at step {step} of {args.steps}")
-
-    runs.same_everywhere("model or state of training", [step, data.model_digest(net)])
-    if args.compile:
-        compile_blocks(net)
-
-    def stage(step):  # the last quarter sees the larger crop, in batches of about the same number of pixels
-        crop = args.crop[-1] if step >= args.steps * 3 // 4 else args.crop[0]
-        return crop, max(1, args.batch_size * args.crop[0] ** 2 // crop**2)
-
-    def save():
-        state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step)
-        runs.save_checkpoint(run / "pretrain.pt", state | dict(config=net.config, settings=settings))
-        runs.save_checkpoint(run / "model.pt", dict(model=ema.module.state_dict(), config=net.config))
-
-    log = runs.Appended(run / "pretrain.jsonl", [row for row in runs.read_lines(run / "pretrain.jsonl") if row["step"] <= step])
-    bar = tqdm(total=args.steps, initial=step, desc="pretrain", smoothing=0.02)
-    skipped = 0
-    try:
-        while step < args.steps:
-            crop, batch = stage(step)
-            together = batch * runs.processes()
-            end = next((s for s in range(step, args.steps) if stage(s) != (crop, batch)), args.steps)
-            crops = data.Crops(samples, crop, args.seed, end * together, fresh=True, cycle=args.cycle)
-            for loaded in runs.batches(crops, batch, step * together, args.workers, args.device):
-                degraded, gt, _, names, *_ = loaded
-                interrupts.hold()  # a step is done whole or not at all
-                warm_up, decay = min(1, (step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
-                optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay + 1e-6
-                optimizer.zero_grad()
-                metrics = {}
-                if names:
-                    with half_precision(args):
-                        restored = net(degraded.to(args.device))
-                    metrics = {"loss/total": (restored - gt.to(args.device)).abs().mean()}
-                    metrics["loss/total"].backward()
-                metrics = optimizer_step(optimizer, metrics, len(names), clip=1.0)
-                if not metrics["skipped"]:
-                    ema.update_parameters(net)
-                step += 1
-                skipped, _ = after_step(loaded, metrics, skipped, interrupts)
-                bar.update()
-                if step % 20 == 0 and "loss/total" in metrics:
-                    bar.set_postfix(l1=f"{metrics['loss/total']:.4f}", crop=crop)
-                    log.write([dict(step=step, l1=metrics["loss/total"], crop=crop)])
-                interrupts.release()
-                if step % args.save_every == 0:
-                    save()
-    except (runs.Stopped, *FAILURES) as ended:
-        interrupts.hold()
-        bar.close()
-        save()
-        raise runs.ending(ended, interrupts, step, "the same command") from None
-    save()
-    bar.close()
-    log.close()
-    rows, _ = runs.evaluate(partial(adair.restore, ema.module.eval()), val, "validate")
-    for kind, chosen in (("pairs of files", True), ("synthesised", False)):
-        real = {(s.task, s.name) for s in val if bool(s.degraded) == chosen}
-        part = [row for row in rows if (row["task"], row["name"]) in real]
-        print(f"\nvalidation, {kind}\n{runs.gain_table(part)}" if part else f"\nvalidation, {kind}: none")
-    print(f"\nthe model is {run / 'model.pt'}")
-    return run
-
-
-# ------------------------------------------------------------------------------------------------- command line
-
-
-def post_train_parser():
-    p = runs.Parser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="`train.py pretrain --help` lists the flags of supervised pre-training.",
-    )
-    demo, paper = PRESETS["demo"], PRESETS["paper"]
-
-    def add(flag, default, help, type=None, **rest):
-        key = flag[2:].replace("-", "_")
-        if key in demo:
-            shown = f"(default: {demo[key]}; preset paper: {paper[key]})"
-            default = argparse.SUPPRESS
-        elif key in JUDGE:
-            shown = "" if JUDGE[key] is None else f"(default: {JUDGE[key]})"
-            default = argparse.SUPPRESS
-        else:
-            shown = "" if default is None else f"(default: {default})"
-        rest |= {"type": type} if type else {}
-        p.add_argument(flag, default=default, help=f"{help} {shown}".strip(), **rest)
-
-    add("--preset", "demo", "demo: minutes on two CPU cores; paper: Table 6", choices=PRESETS)
-    add("--data-root", None, "AdaIR's data folder, or a folder of photos; default: photographs inside scikit-image")
-    add("--tasks", None, "some of them: denoise derain dehaze is Table 7, one alone Table 1; default: all that are there", choices=("denoise", *data.TASKS), nargs="+")
-    add("--list", None, "file that names the training images to use, one path under --data-root a line", runs.existing_file)
-    add("--init", str(DEMO_MODEL), "pre-trained AdaIR to start from, official or ours")
-    add("--out", None, "run folder to create; default: runs/OBJECTIVE-DATE-TIME-seedSEED")
-    add("--resume", None, "run folder to continue, with its own settings")
-    add("--objective", "irpo", "irpo: Eq. 7; sft: the control, L1 on the deterministic output", choices=("irpo", "sft"))
-    add("--seed", 0, "of crops and actions", runs.number(int, 0, 2**31 - 1))
-    add("--device", runs.default_device(), "cpu, cuda, cuda:1, …", runs.device)
-    add("--amp", "fp32", "bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32", choices=("fp32", "bf16"))
-    add("--compile", False, "torch.compile of the transformer blocks, for GPUs and long runs: it takes minutes to start", action="store_true")
-    add("--workers", None, "processes that load images; default: 0 on a CPU, 4 beside a GPU", runs.number(int, 0, 256))
-    add("--hard-ratio", 0.3, "share of the training set in D_hard, Sec. 3.2, Table 6", runs.number(float, 0, 1, open_low=True))
-    add("--select", "hard", "which samples, Fig. 5", choices=("hard", "random", "easy", "all"))
-    add("--hard-scope", "task", "rank within each task and noise level, or all together", choices=("task", "global"))
-    add("--scores", None, "hard.json of an earlier run, reused where model and images are the same", runs.existing_file)
-    add("--steps", None, "updates; 0: by --epochs", runs.number(int, 0))
-    add("--epochs", None, "passes over D_hard, Table 6", runs.number(int, 0))
-    add("--batch-size", None, "images per update and process, each with a group of its own, Table 6", runs.number(int, 1))
-    add("--crop", 128, "px, a multiple of 8, Table 6", runs.multiple_of_8)
-    add("--group-size", 4, "G, rollouts per image, Table 5", runs.number(int, 1))
-    add("--lr", None, "Adam's rate for the backbone, Table 6", runs.number(float, 0))
-    add("--head-lr-factor", None, "the heads' rate over --lr; the paper's 6 is made for 10⁵ updates", runs.number(float, 0))
-    add("--concentration", 30.0, "α + β the gates start with", runs.number(float, 2, 3000, open_low=True))
-    add("--freeze-backbone", False, "train the heads alone, without Eq. 1 and 2", action="store_true")
-    add("--clip", 0.2, "ϵ of Eq. 6", runs.number(float, 0))
-    add("--kl-beta", 0.04, "β of Eq. 6", runs.number(float, 0))
-    add("--entropy-tau", 0.01, "τ of Eq. 6, Table 6", runs.number(float, 0))
-    add("--kl", "sample", "Eq. 11, or the closed form", choices=("sample", "exact"))
-    add("--inner-epochs", 1, "updates of the heads per group; above 1 the clip can bind", runs.number(int, 1))
-    add("--rewards", None, "terms of Eq. 22: default, paper, or a list as psnr,ssim=0.3,task")
-    add("--judge", None, "R_qwen's judge, Appendix B.2: Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1")
-    add("--judge-model", None, "what a server calls the judge's model")
-    add("--judge-device", None, "its own; default: rank i's on cuda:(world size + i), beside a CPU trainer cpu")
-    add("--judge-mode", None, "expectation over the score's tokens, or generate: the paper's written answer", choices=("logits", "generate"))
-    add("--judge-prompt", None, "file with a prompt of your own: <gt>, <degraded>, <restored> mark the images", runs.existing_file)
-    add("--judge-args", None, "further flags of judge.py, quoted: '--min-pixels 50176 --dtype fp16'", shlex.split)
-    add("--judge-timeout", None, "s a step waits for it before it is started again", runs.number(float, 0, open_low=True))
-    add("--judge-patience", None, "failures in a row after which the run stops", runs.number(int, 1))
-    add("--weights-dir", None, f"where clip, lpips and aes find their weights; default: {rewards.default_weights_dir()}")
-    add("--mask-rule", "fraction", "how rates become masks (README); under adair they do nothing at 128 px", choices=("fraction", "adair"))
-    add("--eval-every", None, "steps between validations, which choose best.pt", runs.number(int, 1))
-    add("--save-every", None, "steps between checkpoints, last.pt", runs.number(int, 1))
-    add("--keep-every", 0, "steps between checkpoints that are kept, step-N.pt; 0: none", runs.number(int, 0))
-    add("--max-minutes", None, "end with a checkpoint after so long; --resume takes another", runs.number(float, 0, open_low=True))
-    return p
-
-
-def pretrain_parser():
-    p = runs.Parser(prog="train.py pretrain", description=pretrain.__doc__, formatter_class=runs.HelpFormatter)
-    p.add_argument("--data-root", help="AdaIR's data folder; default: photographs inside scikit-image")
-    p.add_argument("--photos", help="folder of photos on which all tasks are synthesised besides")
-    p.add_argument("--init", help="AdaIR to start from; default: from scratch")
-    p.add_argument("--out", default="runs/pretrain", help="run folder, created or continued")
-    p.add_argument("--dim", type=runs.multiple_of_8, help=f"channels, Table 6 (default: {NEW_MODEL['dim']})")
-    p.add_argument("--blocks", type=runs.number(int, 1), nargs=4, help=f"transformer blocks, Table 6 (default: {NEW_MODEL['blocks']})")
-    p.add_argument("--refinement", type=runs.number(int, 1), help=f"refinement blocks, Table 6 (default: {NEW_MODEL['refinement']})")
-    p.add_argument("--mask-rule", choices=("fraction", "adair"), default="fraction", help="how rates become masks")
-    rate = runs.number(float, 0.001, 0.999)
-    p.add_argument("--rate", type=rate, help=f"the constant r_h, r_l under --mask-rule fraction (default: {NEW_MODEL['rate']})")
-    p.add_argument("--crop", type=runs.multiple_of_8, nargs=2, default=[64, 128], help="px, at first and in the last quarter")
-    p.add_argument("--batch-size", type=runs.number(int, 1), default=8, help="crops per step and process at the first crop size")
-    p.add_argument("--steps", type=runs.number(int, 1), default=4200, help="updates")
-    p.add_argument("--lr", type=runs.number(float, 0), default=1e-3, help="Adam's peak rate")
-    p.add_argument("--ema", type=runs.number(float, 0, 1), default=0.998, help="decay of the averaged weights")
-    p.add_argument("--cycle", nargs="+", choices=data.TASKS, default=list(data.TASKS), metavar="TASK", help="tasks drawn in turn")
-    p.add_argument("--save-every", type=runs.number(int, 1), default=100, help="steps between checkpoints")
-    p.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="bf16: bfloat16 autocast, for GPUs")
-    p.add_argument("--compile", action="store_true", help="torch.compile of the transformer blocks: it takes minutes to start")
-    p.add_argument("--workers", type=runs.number(int, 0), help="processes that load images; default: 0 on a CPU, 4 beside a GPU")
-    p.add_argument("--max-minutes", type=runs.number(float, 0, open_low=True), help="end with a checkpoint after so long")
-    p.add_argument("--seed", type=runs.number(int, 0), default=0, help="of weights and crops")
-    p.add_argument("--device", type=runs.device, default=runs.default_device(), help="cpu, cuda, cuda:1, …")
-    return p
-
-
-def parse(argv):
-    """Arguments of a post-training run: command line over preset, or the stored ones of a resumed run."""
-    parser = post_train_parser()
-    args = parser.parse_args(argv)
-    if args.resume:
-        if any(word.startswith("-") and " " not in word and not word.startswith(("--res", "--judge", "--max-minutes")) for word in argv):
-            parser.error("a resumed run keeps its settings: give --resume RUN alone, or with --max-minutes and --judge… flags")
-        config = Path(args.resume) / "config.json"
-        if not config.exists():
-            parser.error(f"{args.resume} is no run folder: it has no config.json")
-        stored = {**vars(args), **JUDGE, **PRESETS["demo"], **runs.load_json(config), "resume": args.resume, "max_minutes": args.max_minutes}
-        judge = {k: v for k, v in vars(args).items() if k in JUDGE}
-        if judge and (stored["judge"] == "none") != (judge.get("judge", stored["judge"]) == "none"):
-            parser.error(f"{args.resume} keeps its reward: a run cannot gain or lose its judge")
-        if "judge" in judge and not judges.is_url(judge["judge"]):
-            judge.setdefault("judge_model", None)  # that of a server
-        stored = check_judge(parser, {**stored, **judge})
-        stored["device"] = stored["device"].split(":")[0] if "WORLD_SIZE" in os.environ else stored["device"]
+def run_program(argv):
+    """The program with these flags, until it is done or asked to end."""
+    config = parse(argv)
+    config.device = runs.join(config.device)
+    config.out = runs.gather(config.out)[0]  # its default has the time in it
+    folder = Path(config.resume or config.out)
+    with runs.Stop(config.training.max_minutes) as stop:
         try:
-            runs.device(stored["device"])
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{config}: {error}")
-        return argparse.Namespace(**stored)
-    if hasattr(args, "epochs") and not hasattr(args, "steps"):
-        args.steps = 0  # whoever names epochs means epochs
-    for key, value in PRESETS[args.preset].items():
-        if not hasattr(args, key):
-            setattr(args, key, value)
-    if not args.steps and not args.epochs:
-        parser.error("--steps and --epochs are both 0: nothing would be trained")
-    if args.objective == "sft" and args.freeze_backbone:
-        parser.error("--objective sft with --freeze-backbone would train nothing")
-    args = argparse.Namespace(**check_judge(parser, {**JUDGE, **vars(args)}))
-    if args.objective == "sft" and args.judge != "none":
-        parser.error("--objective sft has no reward: leave --judge out")
-    args.init = str(Path(args.init).resolve())  # so that --resume and eval.py work from any folder
-    for key in ("data_root", "weights_dir", "list"):
-        setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).resolve()))
-    args.out = args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
-    args.argv = argv
-    return args
+            with make_judge(config, stop) as judge:
+                train(config, stop, judge)
+        except runs.Stopped as stopped:
+            begun = (folder / "config.json").exists()
+            again = f"--resume {folder}" if begun else "the same command"
+            runs.say(f"stopped by {stopped}; {again} goes on")
 
 
-def check_judge(parser, settings):
-    """The settings with the judge's paths made absolute; ends the program if its flags contradict each other."""
-    if judges.is_url(settings["judge"]) != bool(settings["judge_model"]):
-        parser.error("--judge-model names the model of a server: it goes with --judge http://… and only with that")
-    paths = {"judge": Path(settings["judge"]).is_dir(), "judge_prompt": settings["judge_prompt"]}
-    return settings | {key: str(Path(settings[key]).resolve()) for key, is_path in paths.items() if is_path}
-
-
-def main(argv):
-    parser = post_train_parser()
-    runs.keep_freed_memory()
-    pretraining, again = argv[:1] == ["pretrain"], "the same command"
-    try:
-        args = pretrain_parser().parse_args(argv[1:]) if pretraining else parse(argv)
-        args.device = runs.join(args.device)
-        args.out = runs.gather(args.out)[0]  # its default has the time in it
-        with runs.Interrupts(args.max_minutes) as interrupts:
-            try:
-                if pretraining:
-                    pretrain(args, interrupts)
-                else:
-                    with judge_of(args) as judge:
-                        post_train(args, interrupts, judge)
-            except runs.Stopped as stopped:
-                run = Path(args.out if pretraining else args.resume or args.out)
-                again = f"--resume {run}" if not pretraining and (run / "config.json").exists() else again
-                print(f"stopped by {stopped}; {again} goes on")
-    except (judges.JudgeError, data.DataError, rewards.RewardError, adair.CheckpointError, policies.PolicyError, runs.RunError) as error:
-        return parser.fail(error)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        return parser.fail(error)
-    except torch.OutOfMemoryError:
-        return parser.fail(runs.NO_MEMORY)
-    except KeyboardInterrupt:
-        return parser.fail("stopped at once; --resume RUN goes on from the last checkpoint, the same command if it was pre-training")
-    except Exception as error:
-        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):  # naming it loads it, for seconds
-            return parser.fail(no_compiler(error))
-        raise
-    finally:
-        runs.leave()
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["pretrain"]:
+        print("train.py: pre-training is a program of its own, pretrain.py", file=sys.stderr)
+        return 2
+    return runs.program("train.py", lambda: run_program(argv), ERRORS)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

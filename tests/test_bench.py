@@ -1,7 +1,9 @@
-"""What bench.py compares must be the same thing twice, and what makes a step fast must not change its numbers."""
+"""What bench.py compares must be the same thing twice, and what makes a step fast must not change
+its numbers."""
 
 import pytest
 import torch
+from conftest import small_adair
 
 import bench
 import data
@@ -10,33 +12,43 @@ import policy as policies
 import rewards
 import runs
 import train
-from conftest import small_adair
 
 
 def data_of(folder, i):
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(i)
-    image = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8, generator=generator), (64, 64), mode="bicubic")
+    image = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 8, 8, generator=generator), (64, 64), mode="bicubic"
+    )
     runs.write_image(folder / f"{i}x.png", image[0])
 
 
 def batch_of(b, side, generator, dtype=torch.float32):
-    degraded, gt = (torch.rand(b, 3, side, side, generator=generator, dtype=dtype) for _ in range(2))
+    degraded, gt = (
+        torch.rand(b, 3, side, side, generator=generator, dtype=dtype) for _ in range(2)
+    )
     return degraded, gt, ["dehaze", "derain", "deblur"][:b]
 
 
 def test_the_plain_model_is_adair():
     net, x = small_adair(para1=0.1).double(), torch.rand(2, 3, 48, 72, dtype=torch.float64)
-    plain, controls = bench.plain_adair(net), torch.tensor([[0.4, 0.6, 1.2, 0.7], [0.1, 0.9, 0.8, 1.1]], dtype=torch.float64)
+    plain, controls = (
+        bench.plain_adair(net),
+        torch.tensor([[0.4, 0.6, 1.2, 0.7], [0.1, 0.9, 0.8, 1.1]], dtype=torch.float64),
+    )
     for controller in (None, lambda level, f, y: controls):
         assert torch.allclose(net(x, controller), plain(x, controller), atol=1e-12)
-    assert plain.patch_embed(x).is_contiguous() and net.encode(x).skip1.is_contiguous(memory_format=torch.channels_last)
+    assert plain.patch_embed(x).is_contiguous() and net.encode(x).skip1.is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
-@pytest.mark.parametrize("group, dtype", [(3, torch.float64), (6, torch.float64), (3, torch.float32)])  # 6: drawn as 4 and 2
+@pytest.mark.parametrize(
+    "group, dtype", [(3, torch.float64), (6, torch.float64), (3, torch.float32)]
+)  # 6: drawn as 4 and 2
 def test_our_step_is_the_plain_step(group, dtype):
-    """Loss and gradient as one vector to 1e-4 in float32; every tensor of the gradient to 1e-6 in float64, where policy
-    and rewards stay float32."""
+    """Loss and gradient as one vector to 1e-4 in float32; every tensor of the gradient to 1e-6 in
+    float64, where policy and rewards stay float32."""
     args, g = train.parse(["--group-size", str(group)]), torch.Generator().manual_seed(0)
     net, reward = small_adair(para1=0.1).to(dtype), rewards.Reward(rewards.parse_terms("default"))
     policy, batch = policies.policy_for(net), batch_of(2, 32, g, dtype)
@@ -66,7 +78,9 @@ def test_a_group_drawn_in_parts_is_laid_out_image_by_image():
             controller = policy.replay(actions[i : i + 1])
             assert torch.allclose(net(x[i // 5 : i // 5 + 1], controller)[0], y[i], atol=1e-5)
             for (rate, fuse), (rate_i, fuse_i) in zip(states, controller.states):
-                assert torch.allclose(rate[i], rate_i[0], atol=1e-5) and torch.allclose(fuse[i], fuse_i[0], atol=1e-5)
+                assert torch.allclose(rate[i], rate_i[0], atol=1e-5) and torch.allclose(
+                    fuse[i], fuse_i[0], atol=1e-5
+                )
 
 
 def test_the_memory_of_a_group_does_not_grow_beyond_its_images():
@@ -76,7 +90,12 @@ def test_the_memory_of_a_group_does_not_grow_beyond_its_images():
     def peak(group):
         with torch.no_grad():
             encoding = net.encode(x)
-            return bench.peak_memory(lambda: train.draw_group(net, policy, encoding, group, [g]), "cpu") * 2**20
+            return (
+                bench.peak_memory(
+                    lambda: train.draw_group(net, policy, encoding, group, [g]), "cpu"
+                )
+                * 2**20
+            )
 
     peak(4)
     images = x.numel() * 4
@@ -90,7 +109,9 @@ def test_a_large_map_goes_through_the_feed_forward_in_strips(monkeypatch):
         whole = layer(x)
         monkeypatch.setattr(adair, "STRIP", 300)
         parts = []
-        monkeypatch.setattr(layer, "gated", lambda t, gated=layer.gated: parts.append(t.shape[2]) or gated(t))
+        monkeypatch.setattr(
+            layer, "gated", lambda t, gated=layer.gated: parts.append(t.shape[2]) or gated(t)
+        )
         assert torch.allclose(layer(x), whole, atol=1e-6)
     assert parts == [9, 10, 10, 10, 6]  # 8 rows each and their neighbours
 
@@ -99,12 +120,18 @@ def test_norms_divide_scores_as_they_would_the_maps():
     """channel_attention against softmax(q̂ k̂ᵀ τ) v and the projection after it, four heads."""
     q, k, v = torch.randn(3, 2, 16, 5, 7, dtype=torch.float64)
     q[0, 3] = 0  # a channel without content: normalise() makes 0 of it, not NaN
-    project, temperature = torch.nn.Conv2d(16, 16, 1, bias=False).double(), torch.rand(4, 1, 1, dtype=torch.float64)
+    project, temperature = (
+        torch.nn.Conv2d(16, 16, 1, bias=False).double(),
+        torch.rand(4, 1, 1, dtype=torch.float64),
+    )
     wanted = project(bench.plain_channel_attention(q, k, v, temperature))
-    assert torch.allclose(adair.channel_attention(q, k, v, temperature, project), wanted, atol=1e-12)
+    assert torch.allclose(
+        adair.channel_attention(q, k, v, temperature, project), wanted, atol=1e-12
+    )
 
 
-# ----------------------------------------------------------------------------------------- --amp, --compile, the GPU
+# ----------------------------------------------------------------------------------------- --amp,
+# --compile, the GPU
 
 
 def test_under_bf16_the_policy_computes_in_float32():
@@ -116,11 +143,24 @@ def test_under_bf16_the_policy_computes_in_float32():
         args = train.parse(["--amp", amp])
         net.zero_grad(), policy.zero_grad()
         metrics, (states, actions, logp_old, logp_ref, advantages) = train.irpo_step(
-            net, policy, policy.frozen_copy(), reward, batch, args, 0.5, [torch.Generator().manual_seed(1)]
+            net,
+            policy,
+            policy.frozen_copy(),
+            reward,
+            batch,
+            args,
+            0.5,
+            [torch.Generator().manual_seed(1)],
         )
-        assert {t.dtype for level in states for t in level} | {actions.dtype, logp_old.dtype, advantages.dtype} == {torch.float32}
+        assert {t.dtype for level in states for t in level} | {
+            actions.dtype,
+            logp_old.dtype,
+            advantages.dtype,
+        } == {torch.float32}
         # what was computed under autocast and what is computed without it are one and the same
-        assert torch.equal(policies.beta_log_prob(actions, *policy(states)).sum(dim=(1, 2)), logp_old)
+        assert torch.equal(
+            policies.beta_log_prob(actions, *policy(states)).sum(dim=(1, 2)), logp_old
+        )
         assert metrics["ratio"].item() == 1 and metrics["kl"].item() == 0
         assert all(p.grad.dtype == torch.float32 for p in net.parameters() if p.grad is not None)
         runs[amp] = metrics["loss/sup"].item(), actions
@@ -133,7 +173,9 @@ def test_mask_sizes_do_not_depend_on_bf16():
     """0.7004 is 0.6992 in bfloat16: on a side of 2048 that is a row."""
     block, x = adair.AFLB(16), torch.rand(1, 3, 64, 64)
     seen = []
-    block.half_size = lambda rate, side, rule: seen.append(rate.clone()) or adair.AFLB.half_size(block, rate, side, rule)
+    block.half_size = lambda rate, side, rule: (
+        seen.append(rate.clone()) or adair.AFLB.half_size(block, rate, side, rule)
+    )
     y, controls = torch.rand(1, 16, 8, 8), torch.tensor([[0.7004, 0.3, 1.0, 1.0]])
     with torch.no_grad():
         block(x, y, "adair", ())
@@ -143,7 +185,10 @@ def test_mask_sizes_do_not_depend_on_bf16():
             block(x, y.bfloat16(), "adair", ())
     own, _, from_control, _, constant, _, own_under_bf16, _ = (rate.item() for rate in seen)
     assert from_control == constant == pytest.approx(0.7004, abs=1e-7)
-    assert own_under_bf16 == pytest.approx(own, abs=2e-3) and own_under_bf16 != torch.tensor(own_under_bf16).bfloat16().item()
+    assert (
+        own_under_bf16 == pytest.approx(own, abs=2e-3)
+        and own_under_bf16 != torch.tensor(own_under_bf16).bfloat16().item()
+    )
 
 
 def test_transformer_blocks_compile_without_graph_breaks():
@@ -151,7 +196,9 @@ def test_transformer_blocks_compile_without_graph_breaks():
     block, y = net.encoder_level1[0], net.patch_embed(x).detach()
     wanted = torch.autograd.grad(block(y).square().mean(), list(block.parameters()))
     block.compile(backend="aot_eager", fullgraph=True)
-    for a, b in zip(torch.autograd.grad(block(y).square().mean(), list(block.parameters())), wanted):
+    for a, b in zip(
+        torch.autograd.grad(block(y).square().mean(), list(block.parameters())), wanted
+    ):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -161,21 +208,48 @@ def test_a_run_with_compile_is_the_same_run(tmp_path, monkeypatch, capsys):
 
     def light(function, **options):
         compiled.append(function)
-        return real(function, backend="aot_eager", **{k: v for k, v in options.items() if k != "backend"})
+        return real(
+            function, backend="aot_eager", **{k: v for k, v in options.items() if k != "backend"}
+        )
 
     monkeypatch.setattr(torch, "compile", light)
-    weights, flags = {}, "--steps 2 --crop 32 --eval-every 9 --tasks denoise15 --data-root".split()
+    weights, flags = (
+        {},
+        [
+            "--steps",
+            "2",
+            "--crop",
+            "32",
+            "--eval-every",
+            "9",
+            "--tasks",
+            "denoise15",
+            "--data-root",
+        ],
+    )
     for i in range(7):
         data_of(tmp_path / "photos", i)
     torch.manual_seed(0)
-    runs.save_checkpoint(tmp_path / "init.pt", dict(model=small_adair().state_dict(), config=small_adair().config))
+    runs.save_checkpoint(
+        tmp_path / "init.pt", dict(model=small_adair().state_dict(), config=small_adair().config)
+    )
     for name, more in (("plain", []), ("compiled", ["--compile"])):
-        argv = [*flags, str(tmp_path / "photos"), "--init", str(tmp_path / "init.pt"), "--out", str(tmp_path / name), *more]
+        argv = [
+            *flags,
+            str(tmp_path / "photos"),
+            "--init",
+            str(tmp_path / "init.pt"),
+            "--out",
+            str(tmp_path / name),
+            *more,
+        ]
         assert train.main(argv) is None
         weights[name] = adair.read_checkpoint(tmp_path / name / "last.pt")["model"]
     assert len(compiled) > 5 and weights["plain"].keys() == weights["compiled"].keys()
     for name, w in weights["plain"].items():
-        assert torch.allclose(w, weights["compiled"][name], atol=3e-5), name  # a few steps of Adam, 1e-5 each
+        assert torch.allclose(w, weights["compiled"][name], atol=3e-5), (
+            name
+        )  # a few steps of Adam, 1e-5 each
 
 
 def test_a_compiler_that_does_not_work_is_one_sentence(monkeypatch):
@@ -183,7 +257,9 @@ def test_a_compiler_that_does_not_work_is_one_sentence(monkeypatch):
         raise RuntimeError("no C++ compiler\nlong story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(runs.RunError, match="--compile does not work here, leave it out .RuntimeError: no C"):
+    with pytest.raises(
+        runs.RunError, match="--compile does not work here, leave it out .RuntimeError: no C"
+    ):
         train.compile_blocks(small_adair())
 
 
@@ -200,12 +276,16 @@ def test_cpu_and_gpu_agree(monkeypatch):
         net.zero_grad()
         y = net.decode(net.encode(x.to(device)), policy.replay(actions.to(device)), copies=2)
         y.square().mean().backward()
-        found[device] = y.detach().cpu(), {n: p.grad.cpu().clone() for n, p in net.named_parameters() if p.grad is not None}
+        found[device] = (
+            y.detach().cpu(),
+            {n: p.grad.cpu().clone() for n, p in net.named_parameters() if p.grad is not None},
+        )
     assert (found["cpu"][0] - found["cuda"][0]).abs().max() < 1e-4
     assert bench.distance(found["cuda"][1], found["cpu"][1])[0] < 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------- mining
+# -----------------------------------------------------------------------------------------------------
+# mining
 
 
 @pytest.mark.parametrize("pixels", [0, 192 * 192 * 4])
@@ -240,14 +320,38 @@ def test_mining_ends_at_the_first_error_that_is_not_an_images(tmp_path):
     assert len(calls) < 50 and torch.get_num_threads() == threads
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------------------
+# the command
 
 
 @pytest.mark.parametrize("what", ["step", "inference", "mining", "scaling"])
 def test_the_command_runs(what, capsys, tmp_path):
-    small = "--crop 64 --group-size 2 --repeats 1 --sizes 64 --groups 2 3 --crops 32 --megapixels 0.02 --images 3".split()
+    small = [
+        "--crop",
+        "64",
+        "--group-size",
+        "2",
+        "--repeats",
+        "1",
+        "--sizes",
+        "64",
+        "--groups",
+        "2",
+        "3",
+        "--crops",
+        "32",
+        "--megapixels",
+        "0.02",
+        "--images",
+        "3",
+    ]
     assert bench.main([what, *small, "--plot", str(tmp_path / "cost.png")]) is None
     printed = capsys.readouterr().out
-    words = {"step": "plain / ours", "inference": "64 px", "mining": "ratio", "scaling": "| 32 px |"}
+    words = {
+        "step": "plain / ours",
+        "inference": "64 px",
+        "mining": "ratio",
+        "scaling": "| 32 px |",
+    }
     assert words[what] in printed and (what != "scaling" or "\n|---|---|---|\n| 32 px" in printed)
     assert (tmp_path / "cost.png").exists() == (what == "scaling")

@@ -1,4 +1,5 @@
-"""judge.py: arithmetic of both modes, the real program on a tiny Qwen2.5-VL, servers, faults, and training with a judge."""
+"""judge.py: arithmetic of both modes, the real program on a tiny Qwen2.5-VL, servers, faults, and
+training with a judge."""
 
 import base64
 import http.server
@@ -50,11 +51,15 @@ def seeing(tmp_path_factory):
 
 
 def picture(seed, height=64, width=64):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8)
+    )
 
 
 def trio(seed, *size):
-    return {name: picture(3 * seed + i, *size) for i, name in enumerate(("gt", "degraded", "restored"))}
+    return {
+        name: picture(3 * seed + i, *size) for i, name in enumerate(("gt", "degraded", "restored"))
+    }
 
 
 def options(model, *flags):
@@ -63,7 +68,8 @@ def options(model, *flags):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------- arithmetic
+# -----------------------------------------------------------------------------------------------------
+# arithmetic
 
 
 def test_expectation_over_five_logits():
@@ -114,7 +120,11 @@ TEXTS = [f"<Assessment><Score>{d}</Score></Assessment>" for d in "12345"] * 50
 @pytest.mark.parametrize(
     "split, begin, tokens",
     [
-        (r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+", "<Assessment><Score>", "1 2 3 4 5"),  # digits by themselves, as Qwen
+        (
+            r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+",
+            "<Assessment><Score>",
+            "1 2 3 4 5",
+        ),  # digits by themselves, as Qwen
         (r"\p{L}+|>\p{N}|[^\s\p{L}\p{N}]|\s+", "<Assessment><Score", ">1 >2 >3 >4 >5"),
         (r"\p{L}+|\p{N}</|[^\s\p{L}\p{N}]|\s+", "<Assessment><Score>", "1</ 2</ 3</ 4</ 5</"),
     ],
@@ -123,7 +133,9 @@ def test_score_tokens_of_tokenizers_that_split_differently(split, begin, tokens)
     tokenizer = tiny_judge.train_tokenizer(TEXTS, split, size=330)
     found, ids = judges.score_tokens(tokenizer.encode, tokenizer.decode, "<|im_start|>assistant\n")
     assert found == begin and [tokenizer.decode([i]) for i in ids] == tokens.split()
-    for digit, i in zip("12345", ids):  # the text with that token is how the tokenizer would have written the score
+    for digit, i in zip(
+        "12345", ids
+    ):  # the text with that token is how the tokenizer would have written the score
         whole = tokenizer.encode(f"<|im_start|>assistant\n<Assessment><Score>{digit}</Score>")
         start = tokenizer.encode("<|im_start|>assistant\n" + found)
         assert whole[: len(start) + 1] == [*start, i]
@@ -131,46 +143,78 @@ def test_score_tokens_of_tokenizers_that_split_differently(split, begin, tokens)
 
 def test_a_tokenizer_without_tokens_for_scores_is_refused():
     with pytest.raises(judges.JudgeError, match="--mode generate"):
-        judges.score_tokens(lambda text: [ord(c) for c in text.replace("4", "5")], lambda ids: "".join(map(chr, ids)), "chat")
+        judges.score_tokens(
+            lambda text: [ord(c) for c in text.replace("4", "5")],
+            lambda ids: "".join(map(chr, ids)),
+            "chat",
+        )
 
 
 def logprobs(*tokens):
     """OpenAI's list: (token, its p, {other token: p})."""
     as_top = lambda p: [dict(token=t, logprob=math.log(v)) for t, v in p.items()]  # noqa: E731
-    return [dict(token=t, logprob=math.log(p), top_logprobs=as_top(others)) for t, p, others in tokens]
+    return [
+        dict(token=t, logprob=math.log(p), top_logprobs=as_top(others)) for t, p, others in tokens
+    ]
 
 
 def test_score_from_a_servers_logprobs():
     before = [("<Assessment>", 1.0, {}), ("<Score", 1.0, {"4": 1.0}), (">", 1.0, {"1": 0.9})]
     after = [("</Score>", 1.0, {"5": 1.0})]
     digit = ("4", 0.5, {"4": 0.5, "3": 0.25, "x": 0.125, "5": 0.125})
-    assert judges.score_from_logprobs(logprobs(*before, digit, *after)) == pytest.approx((0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875)
+    assert judges.score_from_logprobs(logprobs(*before, digit, *after)) == pytest.approx(
+        (0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875
+    )
     joined = (">4</", 0.6, {">4</": 0.6, ">2</": 0.2, "4": 0.1, ">22": 0.05})
     tokens = logprobs(*before[:2], joined, ("Score>", 1.0, {}))
     assert judges.score_from_logprobs(tokens) == pytest.approx((0.6 * 4 + 0.2 * 2) / 0.8)
-    assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(2)  # no rivals told
-    assert judges.score_from_logprobs(logprobs(*before, digit, *after, *before[1:], digit, *after)) is None  # two scores
+    assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(
+        2
+    )  # no rivals told
+    assert (
+        judges.score_from_logprobs(logprobs(*before, digit, *after, *before[1:], digit, *after))
+        is None
+    )  # two scores
     assert judges.score_from_logprobs(logprobs(*before, ("7", 0.9, {"4": 0.1}), *after)) is None
 
 
 def test_the_prompt_asks_what_the_paper_asks(tmp_path):
     parts = judges.prompt_parts(None, "generate")
     assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
-    assert [label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])] == [True] * 3
+    assert [
+        label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])
+    ] == [True] * 3
     text = "".join(parts[::2])
-    assert all(word in text for word in "noise rain haze blur light contrast exposure artifacts <Score>X</Score>".split())
+    assert all(
+        word in text
+        for word in [
+            "noise",
+            "rain",
+            "haze",
+            "blur",
+            "light",
+            "contrast",
+            "exposure",
+            "artifacts",
+            "<Score>X</Score>",
+        ]
+    )
     assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
     assert "alone" in "".join(judges.prompt_parts(None, "logits"))
     (tmp_path / "prompt.txt").write_text("compare <gt> with <restored>")
-    with pytest.raises(judges.JudgeError, match="prompt.txt must hold each of <gt>, <degraded> and <restored> once"):
+    with pytest.raises(
+        judges.JudgeError, match="prompt.txt must hold each of <gt>, <degraded> and <restored> once"
+    ):
         judges.prompt_parts(tmp_path / "prompt.txt", "logits")
 
 
-# ---------------------------------------------------------------------------------------- the model, as it is loaded
+# ---------------------------------------------------------------------------------------- the
+# model, as it is loaded
 
 
 def test_padding_and_batches_change_no_score(seeing):
-    """Requests of three sizes in one batch, so that two are padded on the left, against each by itself."""
+    """Requests of three sizes in one batch, so that two are padded on the left, against each by
+    itself."""
     judge = judges.LocalJudge(options(seeing, *SMALL))
     requests = [trio(0, 64, 64), trio(1, 140, 90), trio(2, 30, 200)]
     mask = judge.inputs(requests, judge.chat)["attention_mask"]
@@ -182,12 +226,20 @@ def test_padding_and_batches_change_no_score(seeing):
 
 
 def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
-    """A group, with a repeated image, among single requests of which two are alike, against each by itself."""
+    """A group, with a repeated image, among single requests of which two are alike, against each by
+    itself."""
     judge = judges.LocalJudge(options(seeing, *SMALL))
-    requests = [dict(trio(i), restored=trio(j)["restored"]) for i, j in ((0, 1), (2, 5), (2, 0), (2, 5), (0, 2), (1, 1), (3, 3))]
+    requests = [
+        dict(trio(i), restored=trio(j)["restored"])
+        for i, j in ((0, 1), (2, 5), (2, 0), (2, 5), (0, 2), (1, 1), (3, 3))
+    ]
     alone = [judge.score([request])[0]["score"] for request in requests]
     sizes, read_group = [], judge.read_group
-    monkeypatch.setattr(judge, "read_group", lambda inputs: sizes.append(len(inputs["input_ids"])) or read_group(inputs))
+    monkeypatch.setattr(
+        judge,
+        "read_group",
+        lambda inputs: sizes.append(len(inputs["input_ids"])) or read_group(inputs),
+    )
     together = [reply["score"] for reply in judge.score(requests)]
     assert sorted(sizes) == [2, 3]  # the other two as one batch
     np.testing.assert_allclose(together, alone, atol=5e-6)
@@ -202,28 +254,43 @@ def test_bfloat16_does_not_round_scores_to_ties(seeing):
     rounded = judges.LocalJudge(args)
     requests = [dict(trio(0), restored=trio(j)["restored"]) for j in range(4)]
     scores = [reply["score"] for reply in rounded.score(requests)]
-    np.testing.assert_allclose(scores, [reply["score"] for reply in exact.score(requests)], atol=0.02)
+    np.testing.assert_allclose(
+        scores, [reply["score"] for reply in exact.score(requests)], atol=0.02
+    )
     assert len(set(scores)) == 4
     assert all(0.9 < sum(reply["p"]) < 1.0005 for reply in rounded.score(requests))
 
 
 def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
-    (tmp_path / "prompt.txt").write_text("restored: <restored> truth: <gt> before: <degraded> <format>")
+    (tmp_path / "prompt.txt").write_text(
+        "restored: <restored> truth: <gt> before: <degraded> <format>"
+    )
     judge = judges.LocalJudge(options(seeing, "--prompt", str(tmp_path / "prompt.txt"), *SMALL))
     judge.read_group = None  # restored comes first: nothing to share
-    assert all(reply["score"] for reply in judge.score([trio(0), dict(trio(0), restored=trio(1)["gt"])]))
+    assert all(
+        reply["score"] for reply in judge.score([trio(0), dict(trio(0), restored=trio(1)["gt"])])
+    )
     levels = dict(gt=10, degraded=100, restored=200)
-    request = {name: torch.full((3, 56, 56), level, dtype=torch.uint8) for name, level in levels.items()}
+    request = {
+        name: torch.full((3, 56, 56), level, dtype=torch.uint8) for name, level in levels.items()
+    }
     inputs = judge.inputs([request], judge.chat)
     pixels = inputs["pixel_values"].unflatten(0, (3, -1)).mean(dim=(1, 2))
     assert pixels.argsort().tolist() == [1, 2, 0]  # restored, gt, degraded
     texts = judge.chat.split("<|vision_start|><|image_pad|><|vision_end|>")
-    assert [t.endswith(w) for t, w in zip(texts, ("restored: ", "truth: ", "before: "))] == [True] * 3
+    assert [t.endswith(w) for t, w in zip(texts, ("restored: ", "truth: ", "before: "))] == [
+        True
+    ] * 3
 
 
 def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
     judge = judges.LocalJudge(options(tiny))
-    sides = judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)["image_grid_thw"].prod(dim=1) / 4
+    sides = (
+        judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)["image_grid_thw"].prod(
+            dim=1
+        )
+        / 4
+    )
     assert sides[:3].tolist() == [256] * 3  # tokens; without min_pixels 25
     assert all(1000 < s <= 1280 for s in sides[3:].tolist())
 
@@ -248,7 +315,9 @@ def test_a_model_that_is_nowhere(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     begun = time.perf_counter()
-    with pytest.raises(judges.JudgeError, match="no-such/model cannot be loaded: the hub cannot be reached"):
+    with pytest.raises(
+        judges.JudgeError, match="no-such/model cannot be loaded: the hub cannot be reached"
+    ):
         judges.LocalJudge(options("no-such/model"))
     with pytest.raises(judges.JudgeError, match="my model cannot be loaded"):
         judges.LocalJudge(options("my model"))
@@ -258,23 +327,37 @@ def test_a_model_that_is_nowhere(monkeypatch):
 
 
 def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
-    """Cut off after one token the answer has no score; the second try is drawn, not the likeliest again."""
+    """Cut off after one token the answer has no score; the second try is drawn, not the likeliest
+    again."""
     judge = judges.LocalJudge(options(tiny, "--mode", "generate", "--max-new-tokens", "1"))
     tries, write = [], judge.write
-    monkeypatch.setattr(judge, "write", lambda requests, **sampling: tries.append((len(requests), sampling)) or write(requests, **sampling))
+    monkeypatch.setattr(
+        judge,
+        "write",
+        lambda requests, **sampling: (
+            tries.append((len(requests), sampling)) or write(requests, **sampling)
+        ),
+    )
     replies = judge.score([trio(0), trio(1)])
-    assert [reply["score"] for reply in replies] == [None, None] and "no single <Score>" in replies[0]["error"]
+    assert [reply["score"] for reply in replies] == [None, None] and "no single <Score>" in replies[
+        0
+    ]["error"]
     assert [n for n, _ in tries] == [2, 2] and [s["do_sample"] for _, s in tries] == [False, True]
     judge.args.max_new_tokens, requests = 20, [trio(0)] * 12
-    assert len(set(write(requests, do_sample=False))) == 1 < len(set(write(requests, **judges.DRAWN)))
+    assert (
+        len(set(write(requests, do_sample=False))) == 1 < len(set(write(requests, **judges.DRAWN)))
+    )
 
 
-# ------------------------------------------------------------------------------------------- the program by itself
+# ------------------------------------------------------------------------------------------- the
+# program by itself
 
 
 def run_judge(requests, *flags):
     command = [sys.executable, "judge.py", "--device", "cpu", *map(str, flags)]
-    done = subprocess.run(command, input=requests, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        command, input=requests, capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     return done, [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -294,13 +377,21 @@ def test_the_program_scores_json_lines(tiny, tmp_path, mode):
     scored = [r for r in replies if r["score"] is not None]
     assert len(scored) == 5 and "5 scored, 3 not" in done.stderr
     errors = [r["error"] for r in replies if r["score"] is None]
-    assert "line 4: there is no image" in errors[0] and "line 7: the line is not JSON" in errors[1] and "line 8" in errors[2]
+    assert (
+        "line 4: there is no image" in errors[0]
+        and "line 7: the line is not JSON" in errors[1]
+        and "line 8" in errors[2]
+    )
     for reply in scored:
         if mode == "logits":
             assert reply["score"] == pytest.approx(EXPECTED, abs=1e-4)
-            np.testing.assert_allclose(reply["p"], tiny_judge.P, atol=2e-3)  # a little is left for other tokens
+            np.testing.assert_allclose(
+                reply["p"], tiny_judge.P, atol=2e-3
+            )  # a little is left for other tokens
         else:
-            assert reply["score"] == 4 and reply["text"] == "<Assessment><Score>4</Score></Assessment>"
+            assert (
+                reply["score"] == 4 and reply["text"] == "<Assessment><Score>4</Score></Assessment>"
+            )
 
 
 def test_an_image_too_narrow_for_the_model(tmp_path):
@@ -314,7 +405,9 @@ def test_a_number_that_is_no_score_is_an_error():
         def score(self, requests):
             return [dict(score=math.nan, p=[math.nan] * 5)] * len(requests)
 
-    line = json.dumps(dict(id=1, **{name: judges.data_url(image) for name, image in trio(0).items()})).encode()
+    line = json.dumps(
+        dict(id=1, **{name: judges.data_url(image) for name, image in trio(0).items()})
+    ).encode()
     (reply,) = judges.score_lines(Overflow(), [(1, line)])
     assert reply["score"] is None and "--dtype" in reply["error"]
 
@@ -323,27 +416,50 @@ def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
     monkeypatch.setattr(judges, "MAX_LINE", 10)
     text = b"a\nb\n\n\nc\n" + b"x" * 25 + b"\nd\ne\nf"
     batches = list(judges.read_batches(io.BytesIO(text), 3))
-    assert batches == [[(1, b"a\n"), (2, b"b\n")], [(5, b"c\n"), (6, None), (7, b"d\n")], [(8, b"e\n"), (9, b"f")]]
+    assert batches == [
+        [(1, b"a\n"), (2, b"b\n")],
+        [(5, b"c\n"), (6, None), (7, b"d\n")],
+        [(8, b"e\n"), (9, b"f")],
+    ]
     assert "longer than" in judges.score_lines(None, [(6, None)])[0]["error"]
 
 
-@pytest.mark.parametrize("image", [5, "data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:text/plain,hello"])
+@pytest.mark.parametrize(
+    "image", [5, "data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:text/plain,hello"]
+)
 def test_what_is_no_image_is_an_error_of_its_line(image):
     line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
     (reply,) = judges.score_lines(None, [(2, line)])
-    words = "an image must be a path or a data URL" if image == 5 else f"the data URL {image}… does not hold an image in base64"
+    words = (
+        "an image must be a path or a data URL"
+        if image == 5
+        else f"the data URL {image}… does not hold an image in base64"
+    )
     assert reply == dict(id="a", score=None, error=f"line 2: {words}")
 
 
-# ------------------------------------------------------------------------------- the trainer's side, with real processes
+# ------------------------------------------------------------------------------- the trainer's
+# side, with real processes
 
 
 def command(*flags):
-    return [sys.executable, str(ROOT / "judge.py"), "--device", "cpu", "--parent", str(os.getpid()), *map(str, flags)]
+    return [
+        sys.executable,
+        str(ROOT / "judge.py"),
+        "--device",
+        "cpu",
+        "--parent",
+        str(os.getpid()),
+        *map(str, flags),
+    ]
 
 
 def ask(judge, b=1, g=2, size=32):
-    degraded, gt, y = torch.rand(b, 3, size, size), torch.rand(b, 3, size, size), torch.rand(b * g, 3, size, size)
+    degraded, gt, y = (
+        torch.rand(b, 3, size, size),
+        torch.rand(b, 3, size, size),
+        torch.rand(b * g, 3, size, size),
+    )
     return judge.ask(degraded, y, gt)
 
 
@@ -366,12 +482,19 @@ def test_the_real_judge_scores_batches_and_is_not_waited_for_when_it_hangs(tiny,
         judge.start(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 2)
         scores = ask(judge, b=2, g=2)()
         torch.testing.assert_close(scores, torch.full((2, 2), EXPECTED), atol=1e-4, rtol=0)
-        assert judge.metrics["judge/latency"] + 0.05 > judge.metrics["judge/wait"] >= 0 and judge.metrics["judge/failures"] == 0
+        assert (
+            judge.metrics["judge/latency"] + 0.05 > judge.metrics["judge/wait"] >= 0
+            and judge.metrics["judge/failures"] == 0
+        )
 
         os.kill(judge.process.pid, signal.SIGSTOP)  # it hangs
         judge.timeout, begun = 1.5, time.perf_counter()
         large = ask(judge, g=4, size=256)  # more than a pipe holds
-        assert large().isnan().all() and time.perf_counter() - begun > 1.4 and "did not answer within 1.5 s" in str(judge.problem)
+        assert (
+            large().isnan().all()
+            and time.perf_counter() - begun > 1.4
+            and "did not answer within 1.5 s" in str(judge.problem)
+        )
         assert judge.process is None
     finally:
         judge.close()
@@ -391,14 +514,38 @@ def fake(tmp_path, *replies, **rest):
     """A process that answers every request with these lines, "#" being the request's id."""
     lines = [reply if isinstance(reply, str) else json.dumps(reply) for reply in replies]
     (tmp_path / "replies").write_text("".join(line + "\n" for line in lines))
-    return judges.Judge([sys.executable, "-c", FAKE, str(tmp_path / "replies")], tmp_path / "log", **rest)
+    return judges.Judge(
+        [sys.executable, "-c", FAKE, str(tmp_path / "replies")], tmp_path / "log", **rest
+    )
 
 
 @pytest.mark.parametrize(
     "replies, score",
     [
-        (["INFO 4 5", "4", "[1, 2]", "null", "{", '{"score": 1}', dict(id=-1, score=1), dict(id=[0], score=1), dict(id="#", score=3.5)], 3.5),
-        (["\x00\xff" * 999, "[" * 200000, "x" * 3_000_000, dict(id=True, score=1), dict(id="#", score=2)], 2),
+        (
+            [
+                "INFO 4 5",
+                "4",
+                "[1, 2]",
+                "null",
+                "{",
+                '{"score": 1}',
+                dict(id=-1, score=1),
+                dict(id=[0], score=1),
+                dict(id="#", score=3.5),
+            ],
+            3.5,
+        ),
+        (
+            [
+                "\x00\xff" * 999,
+                "[" * 200000,
+                "x" * 3_000_000,
+                dict(id=True, score=1),
+                dict(id="#", score=2),
+            ],
+            2,
+        ),
         ([dict(id="#", score=99)], None),
         ([dict(id="#", score=0)], None),
         ([dict(id="#", score=True)], None),
@@ -428,7 +575,9 @@ def test_its_first_batch_and_its_patience(tmp_path):
     never.patience, never.failed_in_a_row = 3, 0
     try:
         assert ask(never)().isnan().all() and ask(never)().isnan().all()
-        with pytest.raises(judges.JudgeError, match="failed 3 times in a row, the last time: too dark"):
+        with pytest.raises(
+            judges.JudgeError, match="failed 3 times in a row, the last time: too dark"
+        ):
             ask(never)()
     finally:
         never.close()
@@ -450,26 +599,41 @@ for line in iter(sys.stdin.readline, ""):
 
 
 def test_after_a_hang_it_is_started_again_however_long_that_takes(tmp_path):
-    """The wait for a batch begins when the judge is ready: loading may take longer than --judge-timeout."""
-    judge = judges.Judge([sys.executable, "-c", LIFE, str(tmp_path / "lives"), "3"], tmp_path / "log", timeout=1)
+    """The wait for a batch begins when the judge is ready: loading may take longer than
+    --judge-timeout."""
+    judge = judges.Judge(
+        [sys.executable, "-c", LIFE, str(tmp_path / "lives"), "3"], tmp_path / "log", timeout=1
+    )
     try:
         assert ask(judge)().isnan().all() and "did not answer within 1 s" in str(judge.problem)
         judge.timeout = 2
         assert ask(judge)().tolist() == [[2.5, 2.5]] and judge.starts == 2 and judge.problem is None
         assert judge.metrics["judge/wait"] > 3 > judge.metrics["judge/latency"]
         judge.timeout = 30
-        assert ask(judge, g=64, size=64)().tolist() == [[2.5] * 64]  # requests and replies both larger than a pipe holds
+        assert ask(judge, g=64, size=64)().tolist() == [
+            [2.5] * 64
+        ]  # requests and replies both larger than a pipe holds
     finally:
         judge.close()
 
 
 def test_after_a_kill_it_is_started_again(tmp_path):
-    judge = judges.Judge([sys.executable, "-c", LIFE, str(tmp_path / "lives"), "0"], tmp_path / "log", timeout=20)
+    judge = judges.Judge(
+        [sys.executable, "-c", LIFE, str(tmp_path / "lives"), "0"], tmp_path / "log", timeout=20
+    )
     try:
         waiting = ask(judge, b=2, g=2)
         os.kill(judge.process.pid, signal.SIGKILL)
-        assert waiting().isnan().all() and "signal 9 ended it" in str(judge.problem) and judge.metrics["judge/failures"] == 4
-        assert ask(judge)().tolist() == [[2.5, 2.5]] and judge.starts == 2 and judge.failed_in_a_row == 0
+        assert (
+            waiting().isnan().all()
+            and "signal 9 ended it" in str(judge.problem)
+            and judge.metrics["judge/failures"] == 4
+        )
+        assert (
+            ask(judge)().tolist() == [[2.5, 2.5]]
+            and judge.starts == 2
+            and judge.failed_in_a_row == 0
+        )
     finally:
         judge.close()
 
@@ -493,26 +657,32 @@ def test_a_judge_that_ends_after_its_start_says_why(tmp_path):
     assert ask(judge)().isnan().all() and str(judge.problem) == "the card fell out (exit code 1)"
 
 
-TRAINER = """
-import os, sys, time, torch, judge
-command = [sys.executable, judge.__file__, "--device", "cpu", "--parent", str(os.getpid()), "--model", sys.argv[1]]
-judge.Judge(command, sys.argv[2]).start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2)
-print("ready", flush=True)
+TRAINER = """ import os, sys, time, torch, judge command = [sys.executable, judge.__file__,
+"--device", "cpu", "--parent", str(os.getpid()), "--model", sys.argv[1]] judge.Judge(command,
+sys.argv[2]).start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2) print("ready", flush=True)
 time.sleep(600)
 """
 
 
 def children(pid):
     """Process ids of the judges a process started."""
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "judge.py"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(pid), "-f", "judge.py"], capture_output=True, text=True
+    )
     return [int(line) for line in found.stdout.split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a judge ends when its input does")
 @pytest.mark.parametrize("when", ["loading", "hanging"])
 def test_no_judge_outlives_its_trainer(tiny, tmp_path, when):
-    """SIGKILL leaves the trainer no time for anything; the judge ends all the same, even one that is stopped."""
-    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, tiny, tmp_path / "log"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    """SIGKILL leaves the trainer no time for anything; the judge ends all the same, even one that
+    is stopped."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, tiny, tmp_path / "log"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     if when == "hanging":
         assert trainer.stdout.readline() == "ready\n"
     while not (pids := children(trainer.pid)):
@@ -527,7 +697,8 @@ def test_no_judge_outlives_its_trainer(tiny, tmp_path, when):
     assert gone(pids[0])
 
 
-# --------------------------------------------------------------------------------------------------------- servers
+# ---------------------------------------------------------------------------------------------------------
+# servers
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -582,7 +753,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    s.seen, s.lock, s.behave = [], threading.Lock(), lambda n: completion("<Assessment><Score>4</Score></Assessment>")
+    s.seen, s.lock, s.behave = (
+        [],
+        threading.Lock(),
+        lambda n: completion("<Assessment><Score>4</Score></Assessment>"),
+    )
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
     threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
     yield s
@@ -595,7 +770,9 @@ def completion(text, tokens=None):
     return dict(choices=[choice | dict(logprobs=dict(content=tokens))] if tokens else [choice])
 
 
-WITH_LOGPROBS = logprobs(("<Score>", 1.0, {}), ("4", 0.5, {"4": 0.5, "2": 0.5}), ("</Score>", 1.0, {}))
+WITH_LOGPROBS = logprobs(
+    ("<Score>", 1.0, {}), ("4", 0.5, {"4": 0.5, "2": 0.5}), ("</Score>", 1.0, {})
+)
 
 
 def served(server, *flags):
@@ -612,15 +789,24 @@ def test_a_server_gets_labelled_images_and_gives_an_expectation(server, monkeypa
     assert body["temperature"] == 0 and body["logprobs"] is True and body["top_logprobs"] == 20
     content = body["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url"] * 3
-    for label, name, text, image in zip(("truth", "Degraded", "Restored"), ("gt", "degraded", "restored"), content[::2], content[1::2]):
+    for label, name, text, image in zip(
+        ("truth", "Degraded", "Restored"),
+        ("gt", "degraded", "restored"),
+        content[::2],
+        content[1::2],
+    ):
         assert label in text["text"].splitlines()[-1]
-        file = io.BytesIO(base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,")))
+        file = io.BytesIO(
+            base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        )
         assert np.array_equal(np.asarray(Image.open(file)).transpose(2, 0, 1), request[name])
 
 
 def test_a_server_without_logprobs_and_one_that_writes(server):
     assert served(server).score([trio(0)] * 3)[2]["score"] == 4
-    server.behave = lambda n: completion("<Score>5</Score>", logprobs(("token_id:27", 1.0, {}), ("token_id:20", 1.0, {})))
+    server.behave = lambda n: completion(
+        "<Score>5</Score>", logprobs(("token_id:27", 1.0, {}), ("token_id:20", 1.0, {}))
+    )
     assert served(server).score([trio(0)])[0]["score"] == 5  # tokens that do not make up the text
     text = "<Assessment>\n<Analysis>dunkel</Analysis>\n<Score>2</Score>\n</Assessment>"
     server.behave = lambda n: completion(text, WITH_LOGPROBS)
@@ -656,18 +842,25 @@ def test_what_a_server_does_wrong_is_tried_once_more(server, monkeypatch, first,
 def test_a_server_that_refuses_or_is_slow(server):
     server.behave = lambda n: 400
     assert "400" in served(server).score([trio(0)])[0]["error"]
-    assert ["logprobs" in body for _, body, _ in server.seen] == [True, False]  # perhaps it was these it would not give
+    assert ["logprobs" in body for _, body, _ in server.seen] == [
+        True,
+        False,
+    ]  # perhaps it was these it would not give
     for how in ("slow", "stall", "drip"):
         server.behave = lambda n: how  # noqa: B023
         begun = time.perf_counter()
         replies = served(server, "--timeout", "1").score([trio(0)] * 3)
-        assert time.perf_counter() - begun < 2.8 and not any(reply["score"] for reply in replies), how
+        assert time.perf_counter() - begun < 2.8 and not any(reply["score"] for reply in replies), (
+            how
+        )
 
 
 def test_a_server_that_is_not_there_or_has_another_model(server, monkeypatch):
     with pytest.raises(judges.JudgeError, match="has no model gpt; it serves qwen"):
         judges.ServerJudge(options("gpt", "--server", server.url))
-    with pytest.raises(judges.JudgeError, match="no OpenAI-compatible server answers at http://127.0.0.1:9/v1"):
+    with pytest.raises(
+        judges.JudgeError, match="no OpenAI-compatible server answers at http://127.0.0.1:9/v1"
+    ):
         judges.ServerJudge(options("qwen", "--server", "http://127.0.0.1:9/v1"))
     with pytest.raises(judges.JudgeError, match="cannot be sent"):
         judges.ServerJudge(options("qwen", "--server", "http://[::1"))
@@ -675,29 +868,46 @@ def test_a_server_that_is_not_there_or_has_another_model(server, monkeypatch):
     with pytest.raises(judges.JudgeError, match="OPENAI_API_KEY cannot be sent"):
         served(server)
     done, _ = run_judge("", "--model", "qwen", "--server", "localhost/v1")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "begins with http://" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "begins with http://" in done.stderr
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------------------
+# training
 
 
 def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "judge")
     (tmp_path / "judge/model.safetensors").unlink()
-    for flags, words in (([], "holds no weights"), (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine")):
+    for flags, words in (
+        ([], "holds no weights"),
+        (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine"),
+    ):
         begun = time.perf_counter()
         message = fails(capsys, train.main, small("run", "--judge", tmp_path / "judge", *flags))
-        assert "the judge could not start" in message and words in message and time.perf_counter() - begun < 60
+        assert (
+            "the judge could not start" in message
+            and words in message
+            and time.perf_counter() - begun < 60
+        )
         assert not (tmp_path / "run/hard.json").exists()  # nothing was computed
         # the same --out serves once more: nothing of a run is in it
 
 
 @pytest.mark.parametrize("when", ["loading", "first batch"])
 def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, when):
-    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over images of 8 MP."""
+    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over
+    images of 8 MP."""
     from safetensors.torch import load_file, save_file
 
-    limit, flags, folder = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"], [], shutil.copytree(tiny, tmp_path / "judge")
+    limit, flags, folder = (
+        ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"],
+        [],
+        shutil.copytree(tiny, tmp_path / "judge"),
+    )
     if when == "loading":
         config = json.loads((folder / "config.json").read_text())
         config["text_config"]["vocab_size"] = 400_000_000
@@ -717,7 +927,9 @@ def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, whe
 def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa: F811
     """The real program beside the real trainer, killed in the middle."""
     run = tmp_path / "run"
-    process = start(small("run", "--judge", seeing, "--judge-timeout", 30, "--judge-args", " ".join(SMALL)))
+    process = start(
+        small("run", "--judge", seeing, "--judge-timeout", 30, "--judge-args", " ".join(SMALL))
+    )
     try:
         while process.poll() is None and len(metrics_so_far(run)) < 2:
             time.sleep(0.05)
@@ -729,17 +941,29 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa
     rows = metrics(run)
     assert len(rows) == 10 and rows[0]["judge/starts"] == 1 and rows[-1]["judge/starts"] == 2
     scored = [row for row in rows if row["judge/failures"] == 0]
-    assert len(scored) >= 8 and all(row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05) for row in scored)
-    for before, row in zip(rows, rows[1:]):  # what is not hidden is part of the latency, but for the new start
-        assert row["judge/starts"] > before["judge/starts"] or 0 <= row["judge/wait"] <= row["judge/latency"] + 0.1
+    assert len(scored) >= 8 and all(
+        row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05) for row in scored
+    )
+    for before, row in zip(
+        rows, rows[1:]
+    ):  # what is not hidden is part of the latency, but for the new start
+        assert (
+            row["judge/starts"] > before["judge/starts"]
+            or 0 <= row["judge/wait"] <= row["judge/latency"] + 0.1
+        )
     for row in rows:
         if row["judge/failures"]:
             assert row["judge/failures"] == 4 and "rewards/qwen/mean" not in row
     unscored = sum(row["judge/failures"] for row in rows)
-    assert f"The judge left {unscored} rollouts without a score in 10 steps." in (run / "report.md").read_text()
+    assert (
+        f"The judge left {unscored} rollouts without a score in 10 steps."
+        in (run / "report.md").read_text()
+    )
     terms = {row["term"]: row for row in json.loads((run / "rewards.json").read_text())}
     assert terms["qwen"]["weight"] == pytest.approx(0.1) and str(seeing) in terms["qwen"]["state"]
-    assert not subprocess.run(["pgrep", "-f", str(seeing)], capture_output=True, text=True).stdout  # none is left
+    assert not subprocess.run(
+        ["pgrep", "-f", str(seeing)], capture_output=True, text=True
+    ).stdout  # none is left
 
 
 def metrics_so_far(run):
@@ -749,21 +973,56 @@ def metrics_so_far(run):
 def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):  # noqa: F811
     good = server.behave
     server.behave = lambda n: good(n) if n <= 4 + 3 * 4 else 500  # the first batch and three steps
-    flags = small("run", "--judge", server.url, "--judge-model", "qwen", "--judge-patience", 2, "--judge-timeout", 20)
+    flags = small(
+        "run",
+        "--judge",
+        server.url,
+        "--judge-model",
+        "qwen",
+        "--judge-patience",
+        2,
+        "--judge-timeout",
+        20,
+    )
     message = fails(capsys, train.main, flags)
-    assert "failed 2 times in a row" in message and "500" in message and f"after step 4; --resume {tmp_path / 'run'} goes on" in message
+    assert (
+        "failed 2 times in a row" in message
+        and "500" in message
+        and f"after step 4; --resume {tmp_path / 'run'} goes on" in message
+    )
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
     rows = metrics(tmp_path / "run")
-    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0]["rewards/qwen/mean"] == pytest.approx(0.75)
+    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0][
+        "rewards/qwen/mean"
+    ] == pytest.approx(0.75)
     server.behave = good
-    assert "has no model gpt" in fails(capsys, train.main, ["--resume", tmp_path / "run", "--judge-model", "gpt"])
-    assert train.main(["--resume", str(tmp_path / "run"), "--judge-model", "qwen", "--judge-timeout", "60"]) is None
+    assert "has no model gpt" in fails(
+        capsys, train.main, ["--resume", tmp_path / "run", "--judge-model", "gpt"]
+    )
+    assert (
+        train.main(
+            ["--resume", str(tmp_path / "run"), "--judge-model", "qwen", "--judge-timeout", "60"]
+        )
+        is None
+    )
     assert json.loads((tmp_path / "run/config.json").read_text())["judge_timeout"] == 60
-    assert [row["judge/failures"] for row in metrics(tmp_path / "run")] == [0, 0, 0, 4, 0, 0, 0, 0, 0, 0]
+    assert [row["judge/failures"] for row in metrics(tmp_path / "run")] == [
+        0,
+        0,
+        0,
+        4,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
-    """One batch for the whole step, sent before the other rewards are computed and awaited after them."""
+    """One batch for the whole step, sent before the other rewards are computed and awaited after
+    them."""
     events = []
 
     def told(name, function):
@@ -775,13 +1034,18 @@ def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
     policy = policies.policy_for(net, concentration=10)
     judge = fake(tmp_path, dict(id="#", score=3))
     ask = judge.ask
-    judge.ask = lambda *images: (events.append(("ask", *(len(i) for i in images))), told("wait", ask(*images)))[1]
+    judge.ask = lambda *images: (
+        events.append(("ask", *(len(i) for i in images))),
+        told("wait", ask(*images)),
+    )[1]
     args = train.post_train_parser().parse_args(["--group-size", "3"])
     args.amp = "fp32"
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))
     batch = (torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), ["dehaze", "deblur"])
     try:
-        metrics, _ = train.irpo_step(net, policy, policy.frozen_copy(), reward, batch, args, 0.0, [torch.Generator()], judge)
+        metrics, _ = train.irpo_step(
+            net, policy, policy.frozen_copy(), reward, batch, args, 0.0, [torch.Generator()], judge
+        )
     finally:
         judge.close()
     assert events == [("ask", 2, 6, 2), "r_psnr", "r_ssim", "r_task", "r_task", "wait", "r_qwen"]
@@ -806,21 +1070,60 @@ def test_impossible_judges_are_one_sentence(small, capsys, flags, words):  # noq
 
 
 def test_a_resumed_run_keeps_its_kind_of_judge(tmp_path, capsys):
-    """A config.json as it was before there were judges, and one of a server's run that goes on with a judge of its own."""
+    """A config.json as it was before there were judges, and one of a server's run that goes on with
+    a judge of its own."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(dict(device="cpu")))
-    assert "cannot gain or lose its judge" in fails(capsys, train.main, ["--resume", tmp_path, "--judge", "x"])
-    config.write_text(json.dumps(dict(device="cpu", judge="http://h/v1", judge_model="qwen", judge_mode="generate", judge_timeout=9)))
-    assert "cannot gain or lose its judge" in fails(capsys, train.main, ["--resume", tmp_path, "--judge", "none"])
-    args = train.parse(["--resume", str(tmp_path), "--judge", str(tmp_path), "--judge-mode", "logits", "--judge-timeout", "60"])
-    assert (args.judge, args.judge_model, args.judge_mode, args.judge_timeout) == (str(tmp_path), None, "logits", 60)
+    assert "cannot gain or lose its judge" in fails(
+        capsys, train.main, ["--resume", tmp_path, "--judge", "x"]
+    )
+    config.write_text(
+        json.dumps(
+            dict(
+                device="cpu",
+                judge="http://h/v1",
+                judge_model="qwen",
+                judge_mode="generate",
+                judge_timeout=9,
+            )
+        )
+    )
+    assert "cannot gain or lose its judge" in fails(
+        capsys, train.main, ["--resume", tmp_path, "--judge", "none"]
+    )
+    args = train.parse(
+        [
+            "--resume",
+            str(tmp_path),
+            "--judge",
+            str(tmp_path),
+            "--judge-mode",
+            "logits",
+            "--judge-timeout",
+            "60",
+        ]
+    )
+    assert (args.judge, args.judge_model, args.judge_mode, args.judge_timeout) == (
+        str(tmp_path),
+        None,
+        "logits",
+        60,
+    )
     config.write_text(json.dumps(dict(device="cpu", judge="m")))
-    assert "--judge-model" in fails(capsys, train.main, ["--resume", tmp_path, "--judge", "http://h/v1"])
+    assert "--judge-model" in fails(
+        capsys, train.main, ["--resume", tmp_path, "--judge", "http://h/v1"]
+    )
 
 
 @pytest.mark.parametrize(
     "device, world, rank, wanted",
-    [("cpu", 1, 0, "cpu"), ("cuda", 1, 0, "cuda:1"), ("cuda:1", 1, 0, "cuda:0"), ("cuda:0", 2, 0, "cuda:2"), ("cuda:1", 2, 1, "cuda:3")],
+    [
+        ("cpu", 1, 0, "cpu"),
+        ("cuda", 1, 0, "cuda:1"),
+        ("cuda:1", 1, 0, "cuda:0"),
+        ("cuda:0", 2, 0, "cuda:2"),
+        ("cuda:1", 2, 1, "cuda:3"),
+    ],
 )
 def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wanted):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -830,8 +1133,13 @@ def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wan
     args = train.parse(["--judge", "m", "--out", "run", "--judge-args", "--min-pixels 784"])
     args.device = device
     with train.judge_of(args) as judge:
-        assert judge.command[judge.command.index("--device") + 1] == wanted and judge.command[-2:] == ["--min-pixels", "784"]
+        assert judge.command[judge.command.index("--device") + 1] == wanted and judge.command[
+            -2:
+        ] == ["--min-pixels", "784"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     if wanted not in ("cpu", "cuda:0"):
-        with pytest.raises(runs.RunError, match=f"wants a GPU of its own, {wanted}, and this machine has 1: .*--judge-device"):
+        with pytest.raises(
+            runs.RunError,
+            match=f"wants a GPU of its own, {wanted}, and this machine has 1: .*--judge-device",
+        ):
             train.judge_device(device)

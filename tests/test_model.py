@@ -1,4 +1,5 @@
-"""AdaIR against reference values of the original, its controls port, mask rules, checkpoints and any image size."""
+"""AdaIR against reference values of the original, its controls port, mask rules, checkpoints and
+any image size."""
 
 import json
 import math
@@ -11,14 +12,19 @@ import torch
 from conftest import reference_files, small_adair
 from safetensors.torch import save_file
 
-import model as adair
+import model
 
 FORMULA = json.loads((Path(__file__).parent / "adair_formula.json").read_text())
-UNUSED_SHAPES = {"conv.weight": (None, 3, 3, 3), "score_gen.weight": (2, 2, 7, 7), "score_gen.bias": (2,)}
+UNUSED_SHAPES = {
+    "conv.weight": (None, 3, 3, 3),
+    "score_gen.weight": (2, 2, 7, 7),
+    "score_gen.bias": (2,),
+}
 
 
 def official_shapes(net):
-    """The official state dict's names and shapes: ours and the three unused tensors of every AFLB."""
+    """The official state dict's names and shapes: ours and the three unused tensors of every
+    AFLB."""
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     for i, channels in enumerate(net.channels, start=1):
         shapes |= {f"fre{i}.{k}": tuple(s or channels for s in v) for k, v in UNUSED_SHAPES.items()}
@@ -27,7 +33,7 @@ def official_shapes(net):
 
 def formula_state():
     """Weights given by the formulas under which the original's outputs were recorded."""
-    net = adair.AdaIR(**{k: v for k, v in FORMULA["config"].items()})
+    net = model.AdaIR(**{k: v for k, v in FORMULA["config"].items()})
     state = {}
     for i, (key, shape) in enumerate(sorted(official_shapes(net).items())):
         w = np.sin(0.731 * np.arange(math.prod(shape)) + 1.37 * i)
@@ -57,9 +63,11 @@ def formula_input(height, width):
 
 @pytest.fixture(scope="module")
 def formula_net(tmp_path_factory):
-    path = tmp_path_factory.mktemp("formula") / "adair.ckpt"
-    torch.save({"state_dict": {"net." + k: v for k, v in formula_state().items()}, "epoch": 1}, path)
-    return adair.load_adair(path)
+    path = tmp_path_factory.mktemp("formula") / "model.ckpt"
+    torch.save(
+        {"state_dict": {"net." + k: v for k, v in formula_state().items()}, "epoch": 1}, path
+    )
+    return model.load_adair(path)
 
 
 @pytest.mark.parametrize("case", FORMULA["cases"], ids=lambda c: "x".join(map(str, c["size"])))
@@ -76,24 +84,28 @@ def test_outputs_are_those_of_the_original(formula_net, case):
 
 @pytest.mark.parametrize("i", range(3))
 def test_recorded_outputs_of_a_lightning_checkpoint(i):
-    net = adair.load_adair(reference_files("golden", "adair_tiny_lightning.ckpt"))
+    net = model.load_adair(reference_files("golden", "adair_tiny_lightning.ckpt"))
     io = np.load(reference_files("golden", "adair_tiny_io.npz"))
     with torch.no_grad():
         y = net(torch.from_numpy(io[f"x{i}"]).float())
     assert (y - torch.from_numpy(io[f"y{i}"])).abs().max() < 1e-4
-    assert net.config["num_blocks"] == [1, 2, 1, 2] and net.config["dim"] == 16 and net.config["ffn_expansion"] == 2.66
+    assert (
+        net.config["num_blocks"] == [1, 2, 1, 2]
+        and net.config["dim"] == 16
+        and net.config["ffn_expansion"] == 2.66
+    )
 
 
 def test_default_size_is_the_published_one():
     with torch.device("meta"):
-        shapes = official_shapes(adair.AdaIR())
+        shapes = official_shapes(model.AdaIR())
     assert sum(math.prod(s) for s in shapes.values()) == 28_784_824
 
 
 def test_empty_mask_puts_everything_into_the_high_band():
     f = torch.randn(2, 3, 16, 24)
     zero = torch.zeros(2, dtype=torch.int)
-    low, high = adair.split_bands(f, adair.band_mask(zero, zero, 16, 24))
+    low, high = model.split_bands(f, model.band_mask(zero, zero, 16, 24))
     assert torch.equal(low, torch.zeros_like(f)) and torch.allclose(high, f.abs())
 
 
@@ -106,14 +118,20 @@ def test_bands_against_the_rolled_spectrum(height, width):
     mask[height // 2 - a : height // 2 + a, width // 2 - b : width // 2 + b] = 1
 
     def back(s):
-        return torch.fft.ifft2(torch.roll(s, (-(height // 2), -(width // 2)), (-2, -1)), norm="forward").abs()
+        return torch.fft.ifft2(
+            torch.roll(s, (-(height // 2), -(width // 2)), (-2, -1)), norm="forward"
+        ).abs()
 
-    low, high = adair.split_bands(f, adair.band_mask(torch.tensor([a]), torch.tensor([b]), height, width))
+    low, high = model.split_bands(
+        f, model.band_mask(torch.tensor([a]), torch.tensor([b]), height, width)
+    )
     assert torch.allclose(low, back(spectrum * mask), atol=1e-12)
     assert torch.allclose(high, back(spectrum * (1 - mask)), atol=1e-12)
 
 
-@pytest.mark.parametrize("rate, side, half", [(0.25, 64, 8), (0.01, 64, 0), (1.0, 16, 8), (0.5, 9, 2)])
+@pytest.mark.parametrize(
+    "rate, side, half", [(0.25, 64, 8), (0.01, 64, 0), (1.0, 16, 8), (0.5, 9, 2)]
+)
 def test_fraction_rule(net, rate, side, half):
     assert int(net.fre1.half_size(torch.tensor([rate]), side, "fraction")) == half
 
@@ -166,24 +184,25 @@ def test_one_encoding_serves_a_group(net):
 @pytest.mark.parametrize("height, width", [(8, 8), (9, 15), (33, 64), (50, 41)])
 def test_restore_takes_any_size(net, height, width):
     image = torch.rand(3, height, width)
-    assert adair.restore(net, image).shape == image.shape
-    assert adair.restore(net, image[None]).shape == (1, 3, height, width)
+    assert model.restore(net, image).shape == image.shape
+    assert model.restore(net, image[None]).shape == (1, 3, height, width)
 
 
 def test_restore_is_forward_where_nothing_is_padded(net):
     image = torch.rand(1, 3, 32, 40)
     with torch.no_grad():
-        assert torch.equal(adair.restore(net, image), net(image))
+        assert torch.equal(model.restore(net, image), net(image))
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 32), (1, 32, 32), (32, 32)])
 def test_restore_refuses_other_shapes(net, shape):
     with pytest.raises(ValueError, match="restore\\(\\) takes"):
-        adair.restore(net, torch.rand(shape))
+        model.restore(net, torch.rand(shape))
 
 
 def test_tiles_blend_without_seams():
-    """A network that returns its input must come back unchanged through tiling, at sizes that fit and do not fit."""
+    """A network that returns its input must come back unchanged through tiling, at sizes that fit
+    and do not fit."""
 
     class Identity(torch.nn.Module):
         def __init__(self):
@@ -195,12 +214,12 @@ def test_tiles_blend_without_seams():
 
     for height, width in ((96, 96), (97, 200), (300, 131), (20, 200)):
         image = torch.rand(3, height, width)
-        assert torch.allclose(adair.restore(Identity(), image, tile=96), image, atol=1e-6)
+        assert torch.allclose(model.restore(Identity(), image, tile=96), image, atol=1e-6)
 
 
 def test_tile_must_be_a_multiple_of_8(net):
     with pytest.raises(ValueError, match="multiple of 8"):
-        adair.restore(net, torch.rand(3, 128, 128), tile=100)
+        model.restore(net, torch.rand(3, 128, 128), tile=100)
 
 
 @pytest.fixture
@@ -221,10 +240,14 @@ def test_every_kind_of_checkpoint_loads(tmp_path, state, kind):
         net = small_adair()
         state = net.state_dict()
         torch.save(dict(model=state, config=net.config), path)
-    loaded = adair.load_adair(path)
+    loaded = model.load_adair(path)
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
-    assert not loaded.training and loaded.config["heads"] == [1, 2, 4, 8] and loaded.config["dim"] == 8
-    assert (loaded.config["mask_rule"], loaded.config["rates"]) == (("fraction", [0.25] * 2) if kind == "ours" else ("adair", [0.01] * 2))
+    assert (
+        not loaded.training and loaded.config["heads"] == [1, 2, 4, 8] and loaded.config["dim"] == 8
+    )
+    assert (loaded.config["mask_rule"], loaded.config["rates"]) == (
+        ("fraction", [0.25] * 2) if kind == "ours" else ("adair", [0.01] * 2)
+    )
 
 
 def test_unknown_missing_and_misshapen_tensors_are_named(tmp_path, state):
@@ -232,14 +255,17 @@ def test_unknown_missing_and_misshapen_tensors_are_named(tmp_path, state):
     del state["fre2.para1"]
     state["output.weight"] = torch.zeros(3, 5, 3, 3)
     torch.save(state, tmp_path / "m.pt")
-    with pytest.raises(adair.CheckpointError, match="unknown extra.weight; missing fre2.para1; other shapes output.weight"):
-        adair.load_adair(tmp_path / "m.pt")
+    with pytest.raises(
+        model.CheckpointError,
+        match="unknown extra.weight; missing fre2.para1; other shapes output.weight",
+    ):
+        model.load_adair(tmp_path / "m.pt")
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "m.pt")
-    with pytest.raises(adair.CheckpointError, match="is not an AdaIR"):
-        adair.load_adair(tmp_path / "m.pt")
+    with pytest.raises(model.CheckpointError, match="is not an AdaIR"):
+        model.load_adair(tmp_path / "m.pt")
 
 
 class Bomb:
@@ -252,14 +278,14 @@ def test_a_pickle_bomb_is_refused(tmp_path, monkeypatch):
     torch.save({"state_dict": Bomb()}, "bomb.ckpt")
     Path("plain.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb()}))
     for name in ("bomb.ckpt", "plain.ckpt"):
-        with pytest.raises(adair.CheckpointError, match=name):
-            adair.load_adair(name)
+        with pytest.raises(model.CheckpointError, match=name):
+            model.load_adair(name)
     assert not Path("bomb-went-off").exists()
 
 
 def test_missing_and_garbled_checkpoints(tmp_path):
-    with pytest.raises(adair.CheckpointError, match="there is no checkpoint"):
-        adair.load_adair(tmp_path / "none.pt")
+    with pytest.raises(model.CheckpointError, match="there is no checkpoint"):
+        model.load_adair(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(adair.CheckpointError, match="text.pt"):
-        adair.load_adair(tmp_path / "text.pt")
+    with pytest.raises(model.CheckpointError, match="text.pt"):
+        model.load_adair(tmp_path / "text.pt")

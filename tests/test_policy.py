@@ -6,8 +6,10 @@ import torch
 from conftest import small_adair
 from scipy import integrate, stats
 
-import model as adair
-import policy as beta
+import grpo
+import policy as policies
+from model import EMPTY_RATE, read_checkpoint
+from policy import beta_entropy, beta_kl, beta_log_prob, sample_beta
 
 ALPHA = torch.tensor([1.001, 1.5, 2.0, 7.5, 60.0, 900.0])
 BETA = torch.tensor([1.2, 1.001, 2.0, 22.5, 40.0, 1100.0])
@@ -21,12 +23,14 @@ def scipy_betas():
 def test_log_prob(quantile):
     a = torch.tensor([d.ppf(quantile) for d in scipy_betas()])
     expected = [d.logpdf(x) for d, x in zip(scipy_betas(), a.numpy())]
-    assert np.allclose(beta.beta_log_prob(a, ALPHA.double(), BETA.double()), expected, rtol=1e-6, atol=1e-6)
+    assert np.allclose(
+        beta_log_prob(a, ALPHA.double(), BETA.double()), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_entropy():
     expected = [d.entropy() for d in scipy_betas()]
-    assert np.allclose(beta.beta_entropy(ALPHA.double(), BETA.double()), expected, rtol=1e-8, atol=1e-8)
+    assert np.allclose(beta_entropy(ALPHA.double(), BETA.double()), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_kl_by_quadrature():
@@ -34,24 +38,29 @@ def test_kl_by_quadrature():
     for i, p in enumerate(betas):
         for j, q in enumerate(betas):
             args = (ALPHA[i], BETA[i], ALPHA[j], BETA[j])
-            got = beta.beta_kl(*(t.double() for t in args)).item()
+            got = beta_kl(*(t.double() for t in args)).item()
             mean, sd = p.mean(), p.std()
             lo, hi = max(1e-12, mean - 12 * sd), min(1 - 1e-12, mean + 12 * sd)
-            expected = integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), lo, hi, points=[mean], limit=400)[0]
+            expected = integrate.quad(
+                lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), lo, hi, points=[mean], limit=400
+            )[0]
             assert got == pytest.approx(expected, rel=2e-3, abs=1e-6)
 
 
 def test_float32_is_enough_at_the_bound():
-    """At the largest parameters a head can give, lgamma in float32 must not ruin a log-probability."""
+    """At the largest parameters a head can give, lgamma in float32 must not ruin a
+    log-probability."""
     a, b = torch.tensor([2900.0]), torch.tensor([2900.0])
     x = torch.tensor([0.493])
-    assert beta.beta_log_prob(x, a, b).item() == pytest.approx(stats.beta(2900, 2900).logpdf(0.493), abs=0.01)
+    assert beta_log_prob(x, a, b).item() == pytest.approx(
+        stats.beta(2900, 2900).logpdf(0.493), abs=0.01
+    )
 
 
 @pytest.fixture
 def setting():
     net = small_adair()
-    return net, beta.policy_for(net), torch.rand(2, 3, 64, 64)
+    return net, policies.policy_for(net), torch.rand(2, 3, 64, 64)
 
 
 def rollout(net, controller, x):
@@ -67,18 +76,19 @@ def perturb(policy):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (88, 136)])
-@pytest.mark.parametrize("rates", [(0.25, 0.25), (adair.EMPTY_RATE,) * 2])
+@pytest.mark.parametrize("rates", [(0.25, 0.25), (EMPTY_RATE,) * 2])
 def test_attached_to_a_model_it_changes_nothing(size, rates):
     net = small_adair(rates=rates)
     x = torch.rand(1, 3, *size)
-    policy = beta.policy_for(net)
+    policy = policies.policy_for(net)
     assert (rollout(net, policy.mean(), x) - rollout(net, None, x)).abs().max() < 1e-5
 
 
 def test_at_empty_rates_fraction_is_the_published_model_at_128():
-    """Official weights under mask rule "fraction" start where they were trained: with empty masks."""
+    """Official weights under mask rule "fraction" start where they were trained: with empty
+    masks."""
     x = torch.rand(1, 3, 128, 128)
-    ours = small_adair("fraction", (adair.EMPTY_RATE,) * 2)
+    ours = small_adair("fraction", (EMPTY_RATE,) * 2)
     assert torch.equal(rollout(ours, None, x), rollout(small_adair("adair"), None, x))
 
 
@@ -86,9 +96,11 @@ def test_starts_at_the_wanted_mean_and_concentration(setting):
     net, policy, x = setting
     control = policy.mean()
     rollout(net, control, x)
-    alpha, b = policy(control.states)
+    alpha, b = policy.densities(control.states)
     assert torch.allclose(alpha + b, torch.full_like(alpha, 30.0), rtol=1e-4)
-    assert torch.allclose(alpha / (alpha + b), torch.tensor([0.25, 0.25, 0.5, 0.5]).expand_as(alpha), rtol=1e-5)
+    assert torch.allclose(
+        alpha / (alpha + b), torch.tensor([0.25, 0.25, 0.5, 0.5]).expand_as(alpha), rtol=1e-5
+    )
     assert control.actions.shape == (2, 3, 4)
 
 
@@ -96,20 +108,44 @@ def test_log_prob_is_the_sum_over_levels_and_controls(setting):
     net, policy, x = setting
     control = perturb(policy).sample()
     rollout(net, control, x)
-    alpha, b = (t.detach().numpy() for t in policy(control.states))
+    alpha, b = (t.detach().numpy() for t in policy.densities(control.states))
     expected = stats.beta(alpha, b).logpdf(control.actions.numpy()).sum(axis=(1, 2))
-    assert np.allclose(policy.log_prob(control.states, control.actions).detach(), expected, rtol=1e-4)
+    log_prob, entropy, statistics = policy.evaluate(control.states, control.actions)
+    assert np.allclose(log_prob.detach(), expected, rtol=1e-4)
+    expected = stats.beta(alpha, b).entropy().sum(axis=(1, 2))
+    assert np.allclose(entropy.detach(), expected, atol=1e-4)
+    wanted = {"mean": alpha / (alpha + b), "concentration": alpha + b}
+    for name, value in wanted.items():
+        found = statistics[f"policy/2.g_f/{name}"].item()
+        assert found == pytest.approx(value[:, 1, 2].mean(), rel=1e-4)
+
+
+def test_kl_to_a_reference_sums_over_levels_and_controls(setting):
+    net, policy, x = setting
+    control = policy.sample()
+    rollout(net, control, x)
+    reference = policy.frozen_copy()
+    assert policy.kl(reference, control.states).abs().max() < 1e-5
+    perturb(policy)
+    mine, other = (
+        torch.distributions.Beta(*p.densities(control.states)) for p in (policy, reference)
+    )
+    expected = torch.distributions.kl_divergence(mine, other).sum(dim=(1, 2))
+    assert torch.allclose(policy.kl(reference, control.states), expected, rtol=1e-3)
 
 
 def test_samples_follow_the_density(setting):
     alpha, b = torch.full((20000,), 7.5), torch.full((20000,), 22.5)
     generator = torch.Generator().manual_seed(1)
-    assert stats.kstest(beta.sample_beta(alpha, b, generator).numpy(), stats.beta(7.5, 22.5).cdf).pvalue > 0.01
+    assert (
+        stats.kstest(sample_beta(alpha, b, generator).numpy(), stats.beta(7.5, 22.5).cdf).pvalue
+        > 0.01
+    )
 
 
 def test_samples_have_no_graph_and_stay_inside(setting):
     alpha = torch.full((1000,), 1.0001, requires_grad=True)
-    a = beta.sample_beta(alpha, 3000 * torch.ones(1000))
+    a = sample_beta(alpha, 3000 * torch.ones(1000))
     assert not a.requires_grad and a.min() >= 1e-4 and a.max() <= 1 - 1e-4
 
 
@@ -121,14 +157,14 @@ def test_same_generator_same_actions_and_replay_repeats_the_image(setting):
     assert torch.allclose(y, rollout(net, policy.replay(first.actions), x), atol=1e-6)
 
 
-def test_replay_and_mean_in_one_batch(setting):
+def test_best_and_mean_in_one_batch(setting):
     net, policy, x = setting
     control = perturb(policy).sample()
     y_best = rollout(net, control, x)
     y_det = rollout(net, policy.mean(), x)
     with torch.no_grad():
-        both = net.decode(net.encode(x), policy.replay_and_mean(control.actions), copies=2).unflatten(0, (2, 2))
-    assert torch.allclose(both[:, 0], y_best, atol=1e-5) and torch.allclose(both[:, 1], y_det, atol=1e-5)
+        best, mean = grpo.decode_best_and_mean(net, policy, net.encode(x), control.actions)
+    assert torch.allclose(best, y_best, atol=1e-5) and torch.allclose(mean, y_det, atol=1e-5)
 
 
 def test_the_heads_learn_alone_and_the_backbone_alone(setting):
@@ -140,17 +176,22 @@ def test_the_heads_learn_alone_and_the_backbone_alone(setting):
     assert all(p.grad is None for p in policy.parameters())
     for p in net.parameters():
         p.grad = None
-    policy.log_prob(control.states, control.actions).sum().backward()
+    policy.evaluate(control.states, control.actions)[0].sum().backward()
     assert all(p.grad is None for p in net.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
 
 
 def test_rate_states_do_not_depend_on_actions_and_fuse_states_do(setting):
     net, policy, x = setting
-    a, b = policy.sample([torch.Generator().manual_seed(1)]), policy.sample([torch.Generator().manual_seed(2)])
+    a, b = (
+        policy.sample([torch.Generator().manual_seed(1)]),
+        policy.sample([torch.Generator().manual_seed(2)]),
+    )
     rollout(net, a, x), rollout(net, b, x)
     assert all(torch.equal(s[0], t[0]) for s, t in zip(a.states, b.states))
-    assert torch.equal(a.states[0][1], b.states[0][1]) and not torch.equal(a.states[2][1], b.states[2][1])
+    assert torch.equal(a.states[0][1], b.states[0][1]) and not torch.equal(
+        a.states[2][1], b.states[2][1]
+    )
 
 
 def test_heads_stay_float32_under_autocast(setting):
@@ -165,8 +206,8 @@ def test_heads_stay_float32_under_autocast(setting):
 
 def test_raw_outputs_are_bounded_and_keep_their_gradient():
     raw = torch.tensor([-3.0, 0.0, 7.9, 12.0, 100.0], requires_grad=True)
-    capped = beta.soft_cap(raw)
-    assert capped.max() <= beta.RAW_MAX and torch.allclose(capped[:2], raw[:2], atol=1e-3)
+    capped = policies.soft_cap(raw)
+    assert capped.max() <= policies.RAW_MAX and torch.allclose(capped[:2], raw[:2], atol=1e-3)
     capped.sum().backward()
     assert (raw.grad[:4] > 0).all()
 
@@ -182,7 +223,25 @@ def test_a_reference_copy_stays(setting):
 def test_policy_travels_in_a_checkpoint(setting, tmp_path):
     _, policy, _ = setting
     perturb(policy)
-    torch.save(dict(policy=policy.state_dict(), policy_config=policy.config), tmp_path / "p.pt")
-    loaded = beta.load_policy(adair.read_checkpoint(tmp_path / "p.pt"))
+    torch.save(policies.policy_state(policy), tmp_path / "p.pt")
+    stored = read_checkpoint(tmp_path / "p.pt")
+    loaded = policies.load_policy(stored)
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), loaded.parameters()))
-    assert beta.load_policy({"model": {}}) is None
+    assert policies.load_policy({"model": {}}) is None
+    del stored["policy_config"]["kind"]  # as early checkpoints
+    assert policies.load_policy(stored)
+
+
+def test_a_policy_of_another_kind_is_refused_by_name(setting):
+    """It might have tensors of the same names and shapes, and mean something else by them."""
+    _, policy, _ = setting
+    stored = policies.policy_state(policy)
+    stored["policy_config"]["kind"] = "logit-normal"
+    with pytest.raises(policies.PolicyError, match="of kind 'logit-normal'; .* reads 'beta'"):
+        policies.load_policy(stored)
+
+
+@pytest.mark.parametrize("concentration", [1.0, 9999.0])
+def test_a_concentration_out_of_reach_is_refused(concentration):
+    with pytest.raises(policies.PolicyError, match="out of a head's reach"):
+        policies.policy_for(small_adair(), concentration)

@@ -1,4 +1,5 @@
-"""What a file from elsewhere may not do: each test is an attack that succeeds where the defence is missing."""
+"""What a file from elsewhere may not do: each test is an attack that succeeds where the defence is
+missing."""
 
 import base64
 import io
@@ -32,7 +33,8 @@ class Bomb:
 
 
 def test_nothing_is_unpickled(small, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """A checkpoint to start from, one to resume, one to evaluate, LPIPS' trunk and the aesthetic head."""
+    """A checkpoint to start from, one to resume, one to evaluate, LPIPS' trunk and the aesthetic
+    head."""
     monkeypatch.chdir(tmp_path)
     for name in ("bomb.pt", *(rewards.DOWNLOADS[term][0] for term in ("lpips", "aes"))):
         torch.save({"model": Bomb(), "state_dict": Bomb()}, name)
@@ -52,42 +54,92 @@ def test_nothing_is_unpickled(small, tmp_path, monkeypatch, capsys):  # noqa: F8
 def test_names_reach_no_shell(small, photos, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Images, folders and a judge called as commands are called."""
     monkeypatch.chdir(tmp_path)
-    for i, name in enumerate(["$(touch pwned).png", "; touch pwned #.png", "`touch pwned`.png", "a b'\"&& touch pwned.png"]):
+    for i, name in enumerate(
+        [
+            "$(touch pwned).png",
+            "; touch pwned #.png",
+            "`touch pwned`.png",
+            "a b'\"&& touch pwned.png",
+        ]
+    ):
         write(photos / name, width=64, height=48, seed=i + 9)
         for part in ("input", "target"):
             write(tmp_path / "bench/$(touch pwned)" / part / name, seed=i)
     assert train.main(small("$(touch pwned)", "--steps", 2)) is None
     flags = ["--ckpt", "$(touch pwned)", "--data-root", "bench", "--save-images", "--device", "cpu"]
-    assert evaluation.main(flags) is None and len(list(Path("$(touch pwned)/images").rglob("*.png"))) == 8
-    assert evaluation.main(["restore", str(photos), "--ckpt", "$(touch pwned)", "--out", "; touch pwned", "--device", "cpu"]) is None
+    assert (
+        evaluation.main(flags) is None
+        and len(list(Path("$(touch pwned)/images").rglob("*.png"))) == 8
+    )
+    assert (
+        evaluation.main(
+            [
+                "restore",
+                str(photos),
+                "--ckpt",
+                "$(touch pwned)",
+                "--out",
+                "; touch pwned",
+                "--device",
+                "cpu",
+            ]
+        )
+        is None
+    )
     Path("; touch pwned; ").mkdir()
-    assert "judge" in fails(capsys, train.main, small("judged", "--judge", "; touch pwned; ", "--judge-args", "'; touch pwned'"))
+    assert "judge" in fails(
+        capsys,
+        train.main,
+        small("judged", "--judge", "; touch pwned; ", "--judge-args", "'; touch pwned'"),
+    )
     assert not Path("pwned").exists()
     report = Path("$(touch pwned)/report.md").read_text()
-    assert "'" + str(tmp_path / "$(touch pwned)") + "'" in report  # the command there can be given to a shell as it stands
+    assert (
+        "'" + str(tmp_path / "$(touch pwned)") + "'" in report
+    )  # the command there can be given to a shell as it stands
 
 
-@pytest.mark.parametrize("line", ["../outside/0.png", "{outside}/0.png", "sub/../../outside/0.png", "1.png/../../outside/0.png"])
+@pytest.mark.parametrize(
+    "line",
+    ["../outside/0.png", "{outside}/0.png", "sub/../../outside/0.png", "1.png/../../outside/0.png"],
+)
 def test_lists_cannot_leave_the_data_root(small, tmp_path, capsys, line):  # noqa: F811
     outside = write(tmp_path / "outside/0.png", width=64, height=48).parent
     (tmp_path / "list.txt").write_text(f"0.png\n{line.format(outside=outside)}\n")
     said = fails(capsys, train.main, small("run", "--list", tmp_path / "list.txt"))
-    assert "list.txt, line 2" in said and "which lies outside the data root" in said and not (tmp_path / "run").exists()
+    assert (
+        "list.txt, line 2" in said
+        and "which lies outside the data root" in said
+        and not (tmp_path / "run").exists()
+    )
 
 
 def png_header(width, height):
-    """A PNG of a few bytes that claims any size; its pixels, all zero, would be decoded for ever."""
+    """A PNG of a few bytes that claims any size; its pixels, all zero, would be decoded for
+    ever."""
 
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     rows = zlib.compress(bytes(1 << 20))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(20_000, 10_000), (60_000, 60_000), (2**27 + 1, 1)])
 def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own guard, which any library may have taken off
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", None
+    )  # Pillow's own guard, which any library may have taken off
     (tmp_path / "bomb.png").write_bytes(png_header(*size))
 
     def decode(*_):
@@ -95,7 +147,10 @@ def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, si
 
     monkeypatch.setattr(Image.Image, "load", decode)
     for read in (data.read_image, data.image_size):
-        with pytest.raises(data.DataError, match=f"bomb.png .*it claims {size[0]}×{size[1]} px; more than 128 MP are not decoded"):
+        with pytest.raises(
+            data.DataError,
+            match=f"bomb.png .*it claims {size[0]}×{size[1]} px; more than 128 MP are not decoded",
+        ):
             read(tmp_path / "bomb.png")
     url = "data:image/png;base64," + base64.b64encode(png_header(*size)).decode()
     line = json.dumps(dict(id=1, gt=url, degraded=url, restored=url)).encode()
@@ -104,7 +159,9 @@ def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, si
 
 def test_no_image_is_a_program(tmp_path):
     """PostScript, which Pillow would hand to Ghostscript, under the name of a picture."""
-    (tmp_path / "e.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n")
+    (tmp_path / "e.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    )
     with Image.open(tmp_path / "e.png") as image:
         assert image.format == "EPS"  # left to itself, it would
     for read in (data.read_image, data.image_size):
@@ -125,9 +182,14 @@ def test_lines_without_end_are_not_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(judges, "MAX_LINE", 1000)
     file = Counting(b"x" * 100_000 + b'\n{"id": 2}\n')
-    assert [line for batch in judges.read_batches(file, 1) for _, line in batch] == [None, b'{"id": 2}\n'] and file.longest <= 1001
+    assert [line for batch in judges.read_batches(file, 1) for _, line in batch] == [
+        None,
+        b'{"id": 2}\n',
+    ] and file.longest <= 1001
     monkeypatch.setattr(judges, "MAX_REPLY", 1000)
-    (tmp_path / "j.py").write_text("import time; print('x' * 100_000); print('{\"ready\": 1}', flush=True); time.sleep(60)")
+    (tmp_path / "j.py").write_text(
+        "import time; print('x' * 100_000); print('{\"ready\": 1}', flush=True); time.sleep(60)"
+    )
     judge = judges.Judge([sys.executable, str(tmp_path / "j.py")], tmp_path / "log")
     seen, loads = [], json.loads
     monkeypatch.setattr(judges.json, "loads", lambda line: (seen.append(len(line)), loads(line))[1])
@@ -144,7 +206,8 @@ def test_values_that_are_no_numbers_are_no_image(tmp_path):
 
 
 def test_no_program_calls_a_shell_or_unpickles():
-    """Neither is anywhere in the code, so that whoever reviews a change need look at the change alone."""
+    """Neither is anywhere in the code, so that whoever reviews a change need look at the change
+    alone."""
     forbidden = r"shell=True|os\.(system|popen)|pickle\.loads?\(|weights_only=False|allow_pickle|all_gather_object|(?<![.\w])(eval|exec)\("
     for path in ROOT.glob("*.py"):
         text = path.read_text()

@@ -1,9 +1,11 @@
-"""A Qwen2.5-VL of 0.2 M parameters in a folder of its own: the real classes, a tokenizer trained here, weights set by hand.
+"""A Qwen2.5-VL of 0.2 M parameters in a folder of its own: the real classes, a tokenizer trained
+here, weights set by hand.
 
     python tests/tiny_judge.py FOLDER [images]
 
-It lets the judge be tried without a download. Whatever it is shown, it answers <Assessment><Score>4</Score></Assessment>, and
-says 1 … 5 with the probabilities P: 3.7 is expected. With `images`, what it sees moves that a little.
+It lets the judge be tried without a download. Whatever it is shown, it answers
+<Assessment><Score>4</Score></Assessment>, and says 1 … 5 with the probabilities P: 3.7 is expected.
+With `images`, what it sees moves that a little.
 """
 
 import sys
@@ -21,7 +23,15 @@ from transformers import (
 
 P = (0.05, 0.1, 0.2, 0.4, 0.25)
 TAGS = ["<Assessment>", "<Score>", "</Score>", "</Assessment>"]
-SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 # What Qwen2.5-VL's own template makes of a message of texts and images.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
@@ -31,23 +41,33 @@ TEMPLATE = (
 
 
 def train_tokenizer(texts, split=r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+", tags=(), size=300):
-    """Byte-level BPE, as Qwen's; `split`: pieces that tokens do not cross, here with every digit by itself."""
+    """Byte-level BPE, as Qwen's; `split`: pieces that tokens do not cross, here with every digit by
+    itself."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), "isolated"), byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True) for token in SPECIAL]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def build(folder, images=False):
-    """Writes the folder: config, weights (safetensors), tokenizer, image processor, chat template."""
+    """Writes the folder: config, weights (safetensors), tokenizer, image processor, chat
+    template."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["You see the ground truth, a degraded image and a restored one."], tags=TAGS)
+    tokenizer = train_tokenizer(
+        ["You see the ground truth, a degraded image and a restored one."], tags=TAGS
+    )
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
@@ -63,7 +83,12 @@ def build(folder, images=False):
             pad_token_id=tokenizer.pad_token_id,
         ),
         vision_config=dict(
-            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=48, fullatt_block_indexes=[1]
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=48,
+            fullatt_block_indexes=[1],
         ),
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
@@ -73,20 +98,28 @@ def build(folder, images=False):
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample, model.generation_config.top_k = True, 1  # as Qwen2.5-VL's own
+    model.generation_config.do_sample, model.generation_config.top_k = (
+        True,
+        1,
+    )  # as Qwen2.5-VL's own
     write_weights(model, tokenizer, images)
     model.save_pretrained(folder)
-    processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE
+    )
     processor.save_pretrained(folder)
 
 
 @torch.no_grad()
 def write_weights(model, tokenizer, images):
-    """Makes the answer a chain in which every token calls for the next: layers that add nothing, or with `images` little,
-    leave a token's embedding to the last layer, which maps it to the logits of its successor."""
+    """Makes the answer a chain in which every token calls for the next: layers that add nothing, or
+    with `images` little, leave a token's embedding to the last layer, which maps it to the logits
+    of its successor."""
     chain = tokenizer.encode("\n<Assessment><Score>4</Score></Assessment><|im_end|>")
     embedding = model.get_input_embeddings().weight.normal_()
-    embedding /= embedding.square().mean(dim=1, keepdim=True).sqrt()  # the last norm leaves it as it is
+    embedding /= (
+        embedding.square().mean(dim=1, keepdim=True).sqrt()
+    )  # the last norm leaves it as it is
     for layer in model.model.language_model.layers:
         for linear in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.normal_(0, 0.1 if images else 0.0)

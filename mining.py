@@ -1,0 +1,179 @@
+"""Hard mining (Sec. 3.2): every training image is restored by the pre-trained model, and the worst
+`ratio` of each task become D_hard."""
+
+import hashlib
+import os
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from data import DataError, image_size, load_pair
+from metrics import psnr
+from runs import RunError, load_json, save_json, spread
+
+BATCH_PIXELS = 1 << 20  # on a GPU, images of one size are restored together, up to so many pixels
+WITNESSES = 3  # so many of the hard files tell a resumed run whether its images have changed
+
+
+def model_digest(model):
+    """Hash of what a model computes: its configuration, its tensors' names and values."""
+    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stamp_of(sample):
+    """What tells whether a sample's files are those of an earlier run: (bytes, time) of each."""
+    files = [os.stat(path) for path in (sample.gt, sample.degraded) if path]
+    return [[file.st_size, file.st_mtime_ns] for file in files]
+
+
+def known_scores(paths, digest):
+    """{(task, name): row} of earlier minings (their hard.json) under the model of this digest.
+    Raises RunError for a file that is none."""
+    known = {}
+    for path in paths:
+        stored = load_json(path)
+        try:
+            same = stored["model"] == digest
+            known |= {(r["task"], r["name"]): r for r in stored["rows"] if same and r["stamp"]}
+        except (KeyError, TypeError):
+            raise RunError(f"{path} is not the hard.json of a run") from None
+    return known
+
+
+def in_batches(samples, pixels):
+    """Lists of indices of samples whose images, by their headers, have one size and together at
+    most `pixels`; single ones for 0."""
+    if not pixels:
+        return [[i] for i in range(len(samples))]
+    groups = defaultdict(list)
+    for i, sample in enumerate(samples):
+        try:
+            box = sample.box
+            size = (box[2] - box[0], box[3] - box[1]) if box else image_size(sample.gt)
+        except DataError:
+            size = (i, pixels)  # alone: whoever loads it will say what is wrong
+        groups[size].append(i)
+    batches = []
+    for (width, height), members in groups.items():
+        n = max(1, pixels // (width * height))
+        batches += [members[k : k + n] for k in range(0, len(members), n)]
+    return batches
+
+
+@torch.inference_mode()
+def score(restore, samples, min_side):
+    """Full-image PSNR of samples of one size: a row {task, name, stamp, psnr} for each, or
+    {problem} for one that cannot be used."""
+    rows, pairs = [], []
+    for sample in samples:
+        rows.append(dict(task=sample.task, name=sample.name))
+        try:
+            degraded, gt = load_pair(sample)
+            width, height = gt.shape[:0:-1]
+            if min(width, height) < min_side:
+                size = f"{width}×{height} px, smaller than the crop of {min_side}"
+                raise DataError(f"{sample.gt} is {size}")
+            pairs.append((rows[-1], degraded, gt))
+            rows[-1]["stamp"] = stamp_of(sample)
+        except (DataError, OSError) as error:
+            rows[-1]["problem"] = str(error)
+    for shape in {gt.shape for _, _, gt in pairs}:  # one, unless a header did not tell the truth
+        same = [pair for pair in pairs if pair[2].shape == shape]
+        restored = restore(torch.stack([degraded for _, degraded, _ in same]))
+        for (row, _, gt), y in zip(same, restored):
+            row["psnr"] = psnr(y, gt)
+    return rows
+
+
+def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
+    """Full-image PSNR of every sample under the pre-trained model: (rows, problems).
+
+    restore: (B, 3, H, W) -> (B, 3, H, W). min_side: px that an image must have a side.
+    known: {(task, name): row} of earlier minings of this model, taken over where name, size and
+    time of the files agree. pixels: of one batch (a GPU); 0: image by image.
+    Shared by the processes. What cannot be used is named in `problems` and left out.
+    """
+    rows, wanted = {}, []
+    for i, sample in enumerate(samples):
+        row = (known or {}).get((sample.task, sample.name))
+        if row and os.path.exists(sample.gt) and row["stamp"] == stamp_of(sample):
+            rows[i] = {key: row[key] for key in ("task", "name", "stamp", "psnr")}
+        else:
+            wanted.append(i)
+    batches = [
+        [wanted[k] for k in part] for part in in_batches([samples[i] for i in wanted], pixels)
+    ]
+    scored = spread(
+        lambda batch: score(restore, [samples[i] for i in batch], min_side), batches, "mining", stop
+    )
+    for batch, found in zip(batches, scored):
+        rows |= zip(batch, found)
+    rows = [rows[i] for i in range(len(samples))]
+    problems = [row["problem"] for row in rows if "problem" in row]
+    return [row for row in rows if "psnr" in row], list(dict.fromkeys(problems))
+
+
+def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
+    """Indices of D_hard: of every task (and so of every σ) the `ratio` of `rows` with the lowest
+    PSNR, at least one.
+
+    mode: "hard", "easy" (the highest), "random" or "all". scope: "global" ranks all tasks together,
+    which picks the tasks with low PSNR rather than the failures. Ties go by name. Raises DataError
+    unless 0 < ratio ≤ 1.
+    """
+    if not 0 < ratio <= 1:
+        raise DataError(f"the hard ratio is {ratio}; it must be above 0 and at most 1")
+    if mode == "all":
+        return list(range(len(rows)))
+    groups = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row["task"] if scope == "task" else ""].append(i)
+    chosen, rng, sign = [], np.random.default_rng(seed), -1 if mode == "easy" else 1
+    for members in groups.values():
+        members.sort(key=lambda i: (sign * rows[i]["psnr"], rows[i]["task"], rows[i]["name"]))
+        if mode == "random":
+            members = [members[i] for i in rng.permutation(len(members))]
+        chosen += members[: max(1, round(ratio * len(members)))]
+    return sorted(chosen)
+
+
+# ------------------------------------------------------------------------------ hard.json of a run
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def witnesses(samples):
+    """{path: hash} of a few of the files of samples, evenly spread."""
+    files = list(dict.fromkeys(path for s in samples for path in (s.gt, s.degraded) if path))
+    chosen = files[:: max(1, len(files) // WITNESSES)][:WITNESSES]
+    return {path: file_digest(path) for path in chosen}
+
+
+def save_hard(path, digest, rows, chosen, hard):
+    """Writes hard.json: the model's hash, every image's score, which were selected."""
+    for i in chosen:
+        rows[i]["selected"] = True
+    save_json(path, dict(model=digest, files=witnesses(hard), rows=rows))
+
+
+def load_hard(path, digest, samples):
+    """The hard samples of a run that goes on. Raises RunError where the model is another, or some
+    of its images are gone or have changed."""
+    stored = load_json(path)
+    by_name = {(s.task, s.name): s for s in samples}
+    names = [(row["task"], row["name"]) for row in stored["rows"] if row.get("selected")]
+    same = stored["model"] == digest and all(name in by_name for name in names)
+    hard = [by_name[name] for name in names] if same else []
+    if not same or witnesses(hard) != stored["files"]:
+        folder = os.path.dirname(path)
+        raise RunError(
+            f"the training images or the model changed since {folder} began: start a new run"
+        )
+    return hard
