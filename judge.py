@@ -36,7 +36,7 @@ import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -123,7 +123,8 @@ class Config:
     """larger images are reduced to"""
     max_new_tokens: int = 512
     """length of a written answer"""
-    parent: Annotated[int | None, tyro.conf.Suppress] = None
+    parent: int | None = None
+    """process id of the trainer that starts it, which it tells when it is ready and ends with"""
 
 
 def check(config):
@@ -812,7 +813,9 @@ class Judge:
         with contextlib.suppress(OSError), open(self.log, "rb") as log:
             log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 4096))
             lines = log.read().decode(errors="replace").split("\n")
-            return next((line.strip()[-400:] for line in reversed(lines) if line.strip()), "")
+            # a frame around a message is no word
+            said = (line.strip()[-400:] for line in reversed(lines) if re.search(r"\w", line))
+            return next(said, "")
 
     def close(self):
         """Ends it at once: there is nothing to save."""

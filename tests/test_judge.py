@@ -7,28 +7,30 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
 import scipy.special
 import tiny_judge
 import torch
-from conftest import ROOT, small_adair
+from conftest import ROOT, fails, logged
 from PIL import Image
-from test_train import fails, finish, init, metrics, photos, small, start  # noqa: F401 (fixtures among them)
+from test_runs import finish, start
 
-import data
 import judge as judges
-import policy as policies
 import rewards
 import runs
 import train
+from data import DataError
 
 SMALL = ("--min-pixels", "3136")  # 4 tokens of an image, instead of 256
 EXPECTED = sum(k * p for k, p in enumerate(tiny_judge.P, 1))  # 3.7, see tiny_judge
@@ -62,10 +64,16 @@ def trio(seed, *size):
     }
 
 
-def options(model, *flags):
-    args = judges.parser().parse_args(["--model", str(model), "--device", "cpu", *flags])
-    args.dtype = "fp32"
-    return args
+def group_of(seed, restored):
+    """Requests that share truth and degraded image."""
+    shared = trio(seed)
+    return [dict(shared, restored=trio(j)["restored"]) for j in restored]
+
+
+def local(model, **settings):
+    """The judge with a model of its own, in this process."""
+    settings = dict(dtype="fp32", device="cpu", min_pixels=3136) | settings
+    return judges.LocalJudge(judges.Config(str(model), **settings))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -114,40 +122,23 @@ def test_a_written_score_is_read_strictly(text, score):
     assert judges.parse_score(text) == score
 
 
-TEXTS = [f"<Assessment><Score>{d}</Score></Assessment>" for d in "12345"] * 50
+def test_the_scores_are_tokens_of_their_own(tiny):
+    """As in Qwen's tokenizer, whose digits stand alone."""
+    judge = local(tiny)
+    encode, chat = judge.processor.tokenizer.encode, judge.chat + judges.BEGIN
+    for digit, token in zip("12345", judge.tokens):  # how the tokenizer itself writes the score
+        assert encode(f"{chat}{digit}</Score>")[: len(encode(chat)) + 1] == [*encode(chat), token]
 
 
 @pytest.mark.parametrize(
-    "split, begin, tokens",
-    [
-        (
-            r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+",
-            "<Assessment><Score>",
-            "1 2 3 4 5",
-        ),  # digits by themselves, as Qwen
-        (r"\p{L}+|>\p{N}|[^\s\p{L}\p{N}]|\s+", "<Assessment><Score", ">1 >2 >3 >4 >5"),
-        (r"\p{L}+|\p{N}</|[^\s\p{L}\p{N}]|\s+", "<Assessment><Score>", "1</ 2</ 3</ 4</ 5</"),
-    ],
+    "split", [r"\p{L}+|>\p{N}|[^\s\p{L}\p{N}]|\s+", r"\p{L}+|\p{N}</|[^\s\p{L}\p{N}]|\s+"]
 )
-def test_score_tokens_of_tokenizers_that_split_differently(split, begin, tokens):
-    tokenizer = tiny_judge.train_tokenizer(TEXTS, split, size=330)
-    found, ids = judges.score_tokens(tokenizer.encode, tokenizer.decode, "<|im_start|>assistant\n")
-    assert found == begin and [tokenizer.decode([i]) for i in ids] == tokens.split()
-    for digit, i in zip(
-        "12345", ids
-    ):  # the text with that token is how the tokenizer would have written the score
-        whole = tokenizer.encode(f"<|im_start|>assistant\n<Assessment><Score>{digit}</Score>")
-        start = tokenizer.encode("<|im_start|>assistant\n" + found)
-        assert whole[: len(start) + 1] == [*start, i]
-
-
-def test_a_tokenizer_without_tokens_for_scores_is_refused():
+def test_a_tokenizer_without_tokens_for_scores_is_refused(split):
+    """It joins a digit with what stands beside it."""
+    texts = [f"<Assessment><Score>{d}</Score></Assessment>" for d in "12345"] * 50
+    tokenizer = tiny_judge.train_tokenizer(texts, split, size=330)
     with pytest.raises(judges.JudgeError, match="--mode generate"):
-        judges.score_tokens(
-            lambda text: [ord(c) for c in text.replace("4", "5")],
-            lambda ids: "".join(map(chr, ids)),
-            "chat",
-        )
+        judges.score_tokens(tokenizer, "<|im_start|>assistant\n")
 
 
 def logprobs(*tokens):
@@ -165,9 +156,8 @@ def test_score_from_a_servers_logprobs():
     assert judges.score_from_logprobs(logprobs(*before, digit, *after)) == pytest.approx(
         (0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875
     )
-    joined = (">4</", 0.6, {">4</": 0.6, ">2</": 0.2, "4": 0.1, ">22": 0.05})
-    tokens = logprobs(*before[:2], joined, ("Score>", 1.0, {}))
-    assert judges.score_from_logprobs(tokens) == pytest.approx((0.6 * 4 + 0.2 * 2) / 0.8)
+    joined = logprobs(*before[:2], (">4</", 0.6, {">4</": 0.6, ">2</": 0.2}), ("Score>", 1.0, {}))
+    assert judges.score_from_logprobs(joined) is None  # the text counts
     assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(
         2
     )  # no rivals told
@@ -187,17 +177,7 @@ def test_the_prompt_asks_what_the_paper_asks(tmp_path):
     text = "".join(parts[::2])
     assert all(
         word in text
-        for word in [
-            "noise",
-            "rain",
-            "haze",
-            "blur",
-            "light",
-            "contrast",
-            "exposure",
-            "artifacts",
-            "<Score>X</Score>",
-        ]
+        for word in "noise rain haze blur light contrast exposure artifacts <Score>X</Score>".split()
     )
     assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
     assert "alone" in "".join(judges.prompt_parts(None, "logits"))
@@ -215,7 +195,7 @@ def test_the_prompt_asks_what_the_paper_asks(tmp_path):
 def test_padding_and_batches_change_no_score(seeing):
     """Requests of three sizes in one batch, so that two are padded on the left, against each by
     itself."""
-    judge = judges.LocalJudge(options(seeing, *SMALL))
+    judge = local(seeing)
     requests = [trio(0, 64, 64), trio(1, 140, 90), trio(2, 30, 200)]
     mask = judge.inputs(requests, judge.chat)["attention_mask"]
     assert (mask[:, -1] == 1).all() and (mask[:, 0] == 0).sum() == 2
@@ -228,11 +208,9 @@ def test_padding_and_batches_change_no_score(seeing):
 def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
     """A group, with a repeated image, among single requests of which two are alike, against each by
     itself."""
-    judge = judges.LocalJudge(options(seeing, *SMALL))
-    requests = [
-        dict(trio(i), restored=trio(j)["restored"])
-        for i, j in ((0, 1), (2, 5), (2, 0), (2, 5), (0, 2), (1, 1), (3, 3))
-    ]
+    judge = local(seeing)
+    a, b = group_of(0, (1, 2)), group_of(2, (5, 0, 5))
+    requests = [a[0], *b, a[1], trio(1), trio(3)]
     alone = [judge.score([request])[0]["score"] for request in requests]
     sizes, read_group = [], judge.read_group
     monkeypatch.setattr(
@@ -248,11 +226,8 @@ def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
 
 def test_bfloat16_does_not_round_scores_to_ties(seeing):
     """As on a GPU: hidden states have 8 bits, but the expectation must not."""
-    args = options(seeing, *SMALL)
-    exact = judges.LocalJudge(args)
-    args.dtype = "bf16"
-    rounded = judges.LocalJudge(args)
-    requests = [dict(trio(0), restored=trio(j)["restored"]) for j in range(4)]
+    exact, rounded = local(seeing), local(seeing, dtype="bf16")
+    requests = group_of(0, range(4))
     scores = [reply["score"] for reply in rounded.score(requests)]
     np.testing.assert_allclose(
         scores, [reply["score"] for reply in exact.score(requests)], atol=0.02
@@ -265,11 +240,9 @@ def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
     (tmp_path / "prompt.txt").write_text(
         "restored: <restored> truth: <gt> before: <degraded> <format>"
     )
-    judge = judges.LocalJudge(options(seeing, "--prompt", str(tmp_path / "prompt.txt"), *SMALL))
+    judge = local(seeing, prompt=str(tmp_path / "prompt.txt"))
     judge.read_group = None  # restored comes first: nothing to share
-    assert all(
-        reply["score"] for reply in judge.score([trio(0), dict(trio(0), restored=trio(1)["gt"])])
-    )
+    assert all(reply["score"] for reply in judge.score(group_of(0, (1, 2))))
     levels = dict(gt=10, degraded=100, restored=200)
     request = {
         name: torch.full((3, 56, 56), level, dtype=torch.uint8) for name, level in levels.items()
@@ -284,7 +257,7 @@ def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
 
 
 def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
-    judge = judges.LocalJudge(options(tiny))
+    judge = local(tiny, min_pixels=judges.Config.min_pixels)
     sides = (
         judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)["image_grid_thw"].prod(
             dim=1
@@ -304,10 +277,10 @@ def test_incomplete_weights_are_refused(tiny, tmp_path):
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(judges.JudgeError, match="1 tensors are missing.*lm_head.weight"):
-        judges.LocalJudge(options(folder))
+        local(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(judges.JudgeError, match="cannot be loaded"):
-        judges.LocalJudge(options(folder))
+        local(folder)
 
 
 def test_a_model_that_is_nowhere(monkeypatch):
@@ -318,18 +291,18 @@ def test_a_model_that_is_nowhere(monkeypatch):
     with pytest.raises(
         judges.JudgeError, match="no-such/model cannot be loaded: the hub cannot be reached"
     ):
-        judges.LocalJudge(options("no-such/model"))
+        local("no-such/model")
     with pytest.raises(judges.JudgeError, match="my model cannot be loaded"):
-        judges.LocalJudge(options("my model"))
+        local("my model")
     with pytest.raises(judges.JudgeError, match="there is no folder /no/such/folder"):
-        judges.LocalJudge(options("/no/such/folder"))
+        local("/no/such/folder")
     assert time.perf_counter() - begun < 10
 
 
 def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
     """Cut off after one token the answer has no score; the second try is drawn, not the likeliest
     again."""
-    judge = judges.LocalJudge(options(tiny, "--mode", "generate", "--max-new-tokens", "1"))
+    judge = local(tiny, mode="generate", max_new_tokens=1, min_pixels=judges.Config.min_pixels)
     tries, write = [], judge.write
     monkeypatch.setattr(
         judge,
@@ -343,7 +316,7 @@ def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
         0
     ]["error"]
     assert [n for n, _ in tries] == [2, 2] and [s["do_sample"] for _, s in tries] == [False, True]
-    judge.args.max_new_tokens, requests = 20, [trio(0)] * 12
+    judge.config.max_new_tokens, requests = 20, [trio(0)] * 12
     assert (
         len(set(write(requests, do_sample=False))) == 1 < len(set(write(requests, **judges.DRAWN)))
     )
@@ -396,12 +369,15 @@ def test_the_program_scores_json_lines(tiny, tmp_path, mode):
 
 def test_an_image_too_narrow_for_the_model(tmp_path):
     Image.new("RGB", (1, 300)).save(tmp_path / "narrow.png")
-    with pytest.raises(data.DataError, match="1×300 px is too narrow"):
-        judges.read_image(str(tmp_path / "narrow.png"))
+    with pytest.raises(DataError, match="1×300 px is too narrow"):
+        judges.LocalJudge.read(None, str(tmp_path / "narrow.png"))
 
 
 def test_a_number_that_is_no_score_is_an_error():
-    class Overflow:
+    class Overflow(judges.LocalJudge):
+        def __init__(self):
+            pass
+
         def score(self, requests):
             return [dict(score=math.nan, p=[math.nan] * 5)] * len(requests)
 
@@ -429,7 +405,8 @@ def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
 )
 def test_what_is_no_image_is_an_error_of_its_line(image):
     line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
-    (reply,) = judges.score_lines(None, [(2, line)])
+    judge = object.__new__(judges.LocalJudge)  # reading needs no model
+    (reply,) = judges.score_lines(judge, [(2, line)])
     words = (
         "an image must be a path or a data URL"
         if image == 5
@@ -455,12 +432,8 @@ def command(*flags):
 
 
 def ask(judge, b=1, g=2, size=32):
-    degraded, gt, y = (
-        torch.rand(b, 3, size, size),
-        torch.rand(b, 3, size, size),
-        torch.rand(b * g, 3, size, size),
-    )
-    return judge.ask(degraded, y, gt)
+    degraded, gt = torch.rand(2, b, 3, size, size)
+    return judge.ask(degraded, torch.rand(b, g, 3, size, size), gt)
 
 
 def gone(pid, seconds=10):
@@ -657,9 +630,12 @@ def test_a_judge_that_ends_after_its_start_says_why(tmp_path):
     assert ask(judge)().isnan().all() and str(judge.problem) == "the card fell out (exit code 1)"
 
 
-TRAINER = """ import os, sys, time, torch, judge command = [sys.executable, judge.__file__,
-"--device", "cpu", "--parent", str(os.getpid()), "--model", sys.argv[1]] judge.Judge(command,
-sys.argv[2]).start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2) print("ready", flush=True)
+TRAINER = """
+import os, sys, time, torch, judge
+command = [sys.executable, judge.__file__, "--device", "cpu", "--parent", str(os.getpid())]
+command += ["--model", sys.argv[1]]
+judge.Judge(command, sys.argv[2]).start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2)
+print("ready", flush=True)
 time.sleep(600)
 """
 
@@ -705,7 +681,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Speaks enough of OpenAI's protocol. `server.behave(n)` says what the n-th request gets."""
 
     def do_GET(self):
-        self.reply(200, dict(data=[dict(id="qwen")]))
+        listed = self.server.listed
+        self.reply(listed if listed == 404 else 200, dict(data=listed))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -742,6 +719,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def reply(self, code, answer):
         content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(code)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -753,11 +731,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    s.seen, s.lock, s.behave = (
-        [],
-        threading.Lock(),
-        lambda n: completion("<Assessment><Score>4</Score></Assessment>"),
-    )
+    s.seen, s.lock, s.listed = [], threading.Lock(), [dict(id="qwen")]
+    s.behave = lambda n: completion("<Assessment><Score>4</Score></Assessment>")
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
     threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
     yield s
@@ -775,42 +750,52 @@ WITH_LOGPROBS = logprobs(
 )
 
 
-def served(server, *flags):
-    return judges.ServerJudge(options("qwen", "--server", server.url, *flags))
+def served(server, **settings):
+    return judges.ServerJudge(judges.Config("qwen", server.url, **settings))
+
+
+def urls(seed):
+    """A request as the program hands it to a server's judge."""
+    return {name: judges.data_url(image) for name, image in trio(seed).items()}
 
 
 def test_a_server_gets_labelled_images_and_gives_an_expectation(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.behave = lambda n: completion("<Score>4</Score>", WITH_LOGPROBS)
-    request = trio(0)
+    request = urls(0)
     assert served(server).score([request])[0]["score"] == pytest.approx(3)  # of 4 and 2
     path, body, key = server.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "qwen"
     assert body["temperature"] == 0 and body["logprobs"] is True and body["top_logprobs"] == 20
     content = body["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url"] * 3
-    for label, name, text, image in zip(
-        ("truth", "Degraded", "Restored"),
-        ("gt", "degraded", "restored"),
-        content[::2],
-        content[1::2],
-    ):
+    labels = zip(("truth", "Degraded", "Restored"), judges.IMAGES)
+    for (label, name), text, image in zip(labels, content[::2], content[1::2]):
         assert label in text["text"].splitlines()[-1]
-        file = io.BytesIO(
-            base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
-        )
-        assert np.array_equal(np.asarray(Image.open(file)).transpose(2, 0, 1), request[name])
+        assert (
+            image["image_url"]["url"] == request[name]
+        )  # as it came: not decoded, not encoded again
 
 
-def test_a_server_without_logprobs_and_one_that_writes(server):
-    assert served(server).score([trio(0)] * 3)[2]["score"] == 4
-    server.behave = lambda n: completion(
-        "<Score>5</Score>", logprobs(("token_id:27", 1.0, {}), ("token_id:20", 1.0, {}))
-    )
-    assert served(server).score([trio(0)])[0]["score"] == 5  # tokens that do not make up the text
+def test_a_servers_judge_reads_paths_and_passes_data_urls_on(server, tmp_path):
+    image = trio(0)["gt"]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+    judge = served(server)
+    coded = judge.read(str(tmp_path / "x.png")).removeprefix("data:image/png;base64,")
+    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))))
+    assert np.array_equal(found.transpose(2, 0, 1), image) and judge.read("data:,x") == "data:,x"
+
+
+def test_a_server_without_logprobs_and_one_that_writes(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert served(server).score([urls(0)] * 3)[2]["score"] == 4
+    assert server.seen[0][2] == "Bearer none"  # a dummy key
+    odd = logprobs(("token_id:27", 1.0, {}), ("token_id:20", 1.0, {}))
+    server.behave = lambda n: completion("<Score>5</Score>", odd)
+    assert served(server).score([urls(0)])[0]["score"] == 5  # tokens that do not make up the text
     text = "<Assessment>\n<Analysis>dunkel</Analysis>\n<Score>2</Score>\n</Assessment>"
     server.behave = lambda n: completion(text, WITH_LOGPROBS)
-    assert served(server, "--mode", "generate").score([trio(0)]) == [dict(score=2, text=text)]
+    assert served(server, mode="generate").score([urls(0)]) == [dict(score=2, text=text)]
     assert "logprobs" not in server.seen[-1][1] and server.seen[-1][1]["max_tokens"] == 512
 
 
@@ -820,52 +805,47 @@ def test_a_server_without_logprobs_and_one_that_writes(server):
         (429, "429"),
         (500, "500"),
         ("close", "connection failed"),
-        ("malformed", "not JSON"),
+        ("malformed", "no chat completion"),
         (dict(choices=[]), "no chat completion"),
         ([1], "no chat completion"),
         (completion("four, I should say"), "no single <Score>"),
         (completion(None), "no chat completion"),
-        (completion("", [dict(token="<Score>4</Score>", logprob=10**400)]), "no chat completion"),
+        (completion("", [dict(token="<Score>4</Score>", logprob=10**400)]), "no "),
         ("redirect", "302"),
     ],
 )
 def test_what_a_server_does_wrong_is_tried_once_more(server, monkeypatch, first, words):
+    """Once: the client's own retries are off."""
     monkeypatch.setattr(judges, "PAUSE", 0.01)
     good = server.behave
     server.behave = lambda n: first if n == 1 else good(n)
-    assert served(server).score([trio(0)])[0]["score"] == 4 and len(server.seen) == 2
+    assert served(server).score([urls(0)])[0]["score"] == 4 and len(server.seen) == 2
     server.behave = lambda n: first
-    (reply,) = served(server).score([trio(0)])
+    (reply,) = served(server).score([urls(0)])
     assert reply["score"] is None and words in reply["error"] and len(server.seen) == 4
 
 
 def test_a_server_that_refuses_or_is_slow(server):
     server.behave = lambda n: 400
-    assert "400" in served(server).score([trio(0)])[0]["error"]
-    assert ["logprobs" in body for _, body, _ in server.seen] == [
-        True,
-        False,
-    ]  # perhaps it was these it would not give
+    assert "400" in served(server).score([urls(0)])[0]["error"]
+    asked = ["logprobs" in body for _, body, _ in server.seen]
+    assert asked == [True, False]  # perhaps it was these it would not give
     for how in ("slow", "stall", "drip"):
-        server.behave = lambda n: how  # noqa: B023
+        server.behave = lambda n: how
         begun = time.perf_counter()
-        replies = served(server, "--timeout", "1").score([trio(0)] * 3)
-        assert time.perf_counter() - begun < 2.8 and not any(reply["score"] for reply in replies), (
-            how
-        )
+        replies = served(server, timeout=1).score([urls(0)] * 3)
+        assert time.perf_counter() - begun < 2.8, how
+        assert all("did not answer in time" in reply["error"] for reply in replies), how
 
 
-def test_a_server_that_is_not_there_or_has_another_model(server, monkeypatch):
-    with pytest.raises(judges.JudgeError, match="has no model gpt; it serves qwen"):
-        judges.ServerJudge(options("gpt", "--server", server.url))
-    with pytest.raises(
-        judges.JudgeError, match="no OpenAI-compatible server answers at http://127.0.0.1:9/v1"
-    ):
-        judges.ServerJudge(options("qwen", "--server", "http://127.0.0.1:9/v1"))
-    with pytest.raises(judges.JudgeError, match="cannot be sent"):
-        judges.ServerJudge(options("qwen", "--server", "http://[::1"))
+def test_a_server_that_is_not_there(server, monkeypatch, capfd):
+    for url in ("http://127.0.0.1:9/v1", "http://[::1"):
+        with pytest.raises(
+            judges.JudgeError, match=f"no OpenAI-compatible server answers at {re.escape(url)}"
+        ):
+            judges.ServerJudge(judges.Config("qwen", url))
     monkeypatch.setenv("OPENAI_API_KEY", "key\n")
-    with pytest.raises(judges.JudgeError, match="OPENAI_API_KEY cannot be sent"):
+    with pytest.raises(judges.JudgeError, match="no OpenAI-compatible server answers"):
         served(server)
     done, _ = run_judge("", "--model", "qwen", "--server", "localhost/v1")
     assert (
@@ -875,11 +855,48 @@ def test_a_server_that_is_not_there_or_has_another_model(server, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("listed", [[dict(id="another")], [], None, 404])
+def test_a_servers_list_is_a_hint(server, capfd, listed):
+    """`transformers serve` lists only its cache: what it can do, the first batch shows."""
+    server.listed = listed
+    assert served(server).score([urls(0)])[0]["score"] == 4
+    assert "not qwen" in capfd.readouterr().err
+
+
+def test_a_real_server(tiny, tmp_path):
+    """transformers' own, with the tiny judge: it gives no log-probabilities, so that X counts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = os.path.join(os.path.dirname(sys.executable), "transformers")
+    command = [program, "serve", str(tiny), "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        while process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        judge = judges.ServerJudge(
+            judges.Config(str(tiny), f"http://127.0.0.1:{port}/v1", timeout=60)
+        )
+        replies = judge.score([urls(0), urls(1)])
+        assert [reply["score"] for reply in replies] == [4, 4], (
+            replies,
+            (tmp_path / "log").read_text()[-2000:],
+        )
+    finally:
+        process.kill()
+
+
 # ----------------------------------------------------------------------------------------------------------
 # training
 
 
-def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):  # noqa: F811
+def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):
     shutil.copytree(tiny, tmp_path / "judge")
     (tmp_path / "judge/model.safetensors").unlink()
     for flags, words in (
@@ -924,21 +941,22 @@ def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, whe
         judge.start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1)
 
 
-def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa: F811
+def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
     """The real program beside the real trainer, killed in the middle."""
     run = tmp_path / "run"
     process = start(
-        small("run", "--judge", seeing, "--judge-timeout", 30, "--judge-args", " ".join(SMALL))
+        [ROOT / "train.py"]
+        + small("run", "--judge", seeing, "--judge-timeout", 30, f"--judge-args={' '.join(SMALL)}")
     )
     try:
-        while process.poll() is None and len(metrics_so_far(run)) < 2:
+        while process.poll() is None and len(logged(run)) < 2:
             time.sleep(0.05)
         (pid,) = children(process.pid)
         os.kill(pid, signal.SIGKILL)
         finish(process)
     finally:
         process.kill()
-    rows = metrics(run)
+    rows = logged(run)
     assert len(rows) == 10 and rows[0]["judge/starts"] == 1 and rows[-1]["judge/starts"] == 2
     scored = [row for row in rows if row["judge/failures"] == 0]
     assert len(scored) >= 8 and all(
@@ -966,11 +984,7 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):  # noqa
     ).stdout  # none is left
 
 
-def metrics_so_far(run):
-    return metrics(run) if (run / "metrics.jsonl").exists() else []
-
-
-def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):  # noqa: F811
+def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):
     good = server.behave
     server.behave = lambda n: good(n) if n <= 4 + 3 * 4 else 500  # the first batch and three steps
     flags = small(
@@ -991,22 +1005,19 @@ def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server,
         and f"after step 4; --resume {tmp_path / 'run'} goes on" in message
     )
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
-    rows = metrics(tmp_path / "run")
+    rows = logged(tmp_path / "run")
     assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0][
         "rewards/qwen/mean"
     ] == pytest.approx(0.75)
     server.behave = good
-    assert "has no model gpt" in fails(
-        capsys, train.main, ["--resume", tmp_path / "run", "--judge-model", "gpt"]
-    )
     assert (
         train.main(
             ["--resume", str(tmp_path / "run"), "--judge-model", "qwen", "--judge-timeout", "60"]
         )
         is None
     )
-    assert json.loads((tmp_path / "run/config.json").read_text())["judge_timeout"] == 60
-    assert [row["judge/failures"] for row in metrics(tmp_path / "run")] == [
+    assert json.loads((tmp_path / "run/config.json").read_text())["expert"]["judge_timeout"] == 60
+    assert [row["judge/failures"] for row in logged(tmp_path / "run")] == [
         0,
         0,
         0,
@@ -1030,26 +1041,35 @@ def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
 
     for name in ("r_psnr", "r_ssim", "r_task", "r_qwen"):
         monkeypatch.setattr(rewards, name, told(name, getattr(rewards, name)))
-    net = small_adair()
-    policy = policies.policy_for(net, concentration=10)
     judge = fake(tmp_path, dict(id="#", score=3))
     ask = judge.ask
-    judge.ask = lambda *images: (
-        events.append(("ask", *(len(i) for i in images))),
-        told("wait", ask(*images)),
-    )[1]
-    args = train.post_train_parser().parse_args(["--group-size", "3"])
-    args.amp = "fp32"
+
+    def asked(*images):
+        events.append(("ask", *(tuple(i.shape[:-3]) for i in images)))
+        return told("wait", ask(*images))
+
+    judge.ask = asked
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))
-    batch = (torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), ["dehaze", "deblur"])
+    restored, (degraded, gt) = torch.rand(2, 3, 3, 32, 32), torch.rand(2, 2, 3, 32, 32)
     try:
-        metrics, _ = train.irpo_step(
-            net, policy, policy.frozen_copy(), reward, batch, args, 0.0, [torch.Generator()], judge
-        )
+        _, terms = reward(restored, degraded, gt, ["dehaze", "deblur"], judge)
     finally:
         judge.close()
-    assert events == [("ask", 2, 6, 2), "r_psnr", "r_ssim", "r_task", "r_task", "wait", "r_qwen"]
-    assert metrics["rewards/qwen/mean"].item() == pytest.approx(0.5)
+    first = ("ask", (2,), (2, 3), (2,))
+    assert events == [first, "r_psnr", "r_ssim", "r_task", "r_task", "wait", "r_qwen"]
+    assert terms["qwen"].tolist() == [[0.5] * 3] * 2
+
+
+def test_a_run_that_is_asked_to_end_does_not_wait_for_its_judge(tmp_path):
+    words = "import time; print('{\"ready\": 1}', flush=True); time.sleep(600)"
+    with runs.Stop() as stop:
+        judge = judges.Judge([sys.executable, "-c", words], tmp_path / "log", check=stop.check)
+        waiting, begun = ask(judge), time.perf_counter()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(runs.Stopped, match="SIGTERM"):
+            waiting()
+        assert time.perf_counter() - begun < 5
+        judge.close()
 
 
 @pytest.mark.parametrize(
@@ -1063,56 +1083,31 @@ def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
         (["--rewards", "psnr,qwen"], "name one with --judge"),
         (["--judge", "x", "--judge-prompt", "no.txt"], "no.txt"),
         (["--judge", "x", "--judge-mode", "guess"], "guess"),
+        (["--judge", "x", "--judge-timeout", "0"], "--judge-timeout is 0"),
     ],
 )
-def test_impossible_judges_are_one_sentence(small, capsys, flags, words):  # noqa: F811
+def test_impossible_judges_are_one_sentence(small, capsys, flags, words):
     assert words in fails(capsys, train.main, small("run", *flags))
 
 
 def test_a_resumed_run_keeps_its_kind_of_judge(tmp_path, capsys):
-    """A config.json as it was before there were judges, and one of a server's run that goes on with
-    a judge of its own."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(dict(device="cpu")))
-    assert "cannot gain or lose its judge" in fails(
-        capsys, train.main, ["--resume", tmp_path, "--judge", "x"]
-    )
-    config.write_text(
-        json.dumps(
-            dict(
-                device="cpu",
-                judge="http://h/v1",
-                judge_model="qwen",
-                judge_mode="generate",
-                judge_timeout=9,
-            )
-        )
-    )
-    assert "cannot gain or lose its judge" in fails(
-        capsys, train.main, ["--resume", tmp_path, "--judge", "none"]
-    )
-    args = train.parse(
-        [
-            "--resume",
-            str(tmp_path),
-            "--judge",
-            str(tmp_path),
-            "--judge-mode",
-            "logits",
-            "--judge-timeout",
-            "60",
-        ]
-    )
-    assert (args.judge, args.judge_model, args.judge_mode, args.judge_timeout) == (
-        str(tmp_path),
-        None,
-        "logits",
-        60,
-    )
-    config.write_text(json.dumps(dict(device="cpu", judge="m")))
-    assert "--judge-model" in fails(
-        capsys, train.main, ["--resume", tmp_path, "--judge", "http://h/v1"]
-    )
+    """One without a judge gets none; a server's goes on with a judge of its own."""
+
+    def stored(*flags):
+        config = train.parse(["--device", "cpu", *flags])
+        runs.save_json(tmp_path / "config.json", train.dataclasses.asdict(config))
+        return ["--resume", str(tmp_path)]
+
+    resume = stored()
+    said = fails(capsys, train.main, [*resume, "--judge", "x"])
+    assert "cannot gain or lose its judge" in said
+    resume = stored("--judge", "http://h/v1", "--judge-model", "qwen", "--judge-mode", "generate")
+    said = fails(capsys, train.main, [*resume, "--judge", "none"])
+    assert "cannot gain or lose its judge" in said
+    expert = train.parse([*resume, "--judge", str(tmp_path), "--judge-mode", "logits"]).expert
+    assert (expert.judge, expert.judge_model, expert.judge_mode) == (str(tmp_path), None, "logits")
+    resume = stored("--judge", "m")
+    assert "--judge-model" in fails(capsys, train.main, [*resume, "--judge", "http://h/v1"])
 
 
 @pytest.mark.parametrize(
@@ -1130,9 +1125,9 @@ def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wan
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     assert train.judge_device(device) == wanted
-    args = train.parse(["--judge", "m", "--out", "run", "--judge-args", "--min-pixels 784"])
-    args.device = device
-    with train.judge_of(args) as judge:
+    config = train.parse(["--judge", "m", "--device", "cpu", "--judge-args=--min-pixels 784"])
+    config.device = device
+    with train.make_judge(config, runs.Stop()) as judge:
         assert judge.command[judge.command.index("--device") + 1] == wanted and judge.command[
             -2:
         ] == ["--min-pixels", "784"]
