@@ -53,6 +53,8 @@ from model import (
 )
 from rewards import Reward, parse_terms
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of the weights
+
 
 @dataclass
 class Config:
@@ -370,12 +372,13 @@ def time_step(config, model, crop, group_size, rivals=lambda state, batch: []):
     flags += ["--crop", crop, "--group-size", group_size, "--batch-size", config.batch_size]
     flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
     flags = train.parse([str(flag) for flag in flags])
-    samples = [s._replace(box=()) for s in list_embedded(EMBEDDED_TRAIN)[::9]]
+    samples = list_embedded(EMBEDDED_TRAIN, tile=crop)[::9]  # of one crop each: mined in no time
     reward = Reward(parse_terms("default"), config.device)
     dtype = model.output.weight.dtype
     with tempfile.TemporaryDirectory() as folder:
         rivals = partial(rivals, reward, flags)
-        with TimedRun(folder, config.repeats, dtype, rivals) as run:
+        talk = contextlib.redirect_stdout(sys.stderr)  # what a run says is no figure
+        with talk, TimedRun(folder, config.repeats, dtype, rivals) as run:
             train.post_train(flags, run, model, reward, samples[: config.batch_size], [])
     return run
 
@@ -392,7 +395,7 @@ def build(config):
         model = AdaIR(mask_rule="fraction", rates=(0.25, 0.25)).eval()
         for block in (model.fre1, model.fre2, model.fre3):
             torch.nn.init.normal_(block.para1, std=0.1)  # 0 in a fresh one: no gradient behind it
-    dtype = torch.float64 if config.dtype == "fp64" else torch.float32
+    dtype = DTYPES[config.dtype]
     return model.to(config.device, dtype, memory_format=torch.channels_last)
 
 

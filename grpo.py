@@ -71,8 +71,8 @@ def decode_best_and_mean(model, policy, encoding, best_actions):
 
 
 def group_advantages(rewards, eps=1e-6):
-    """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (B, G) -> (B, G), without gradient.
-    Eq. 8.
+    """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (B, G) -> (B, G), without
+    gradient. Eq. 8.
 
     ε stands inside the root: a group of equal rewards gets advantage 0, and differences far below
     √ε = 0.001 stay small.

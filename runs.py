@@ -334,10 +334,11 @@ class Run:
         if not self.is_updating:
             self.save("last.pt")
         reason, step = self.stop.reason, f"after step {self.state.step}"
-        if isinstance(error, Stopped | LostError) and reason:  # the others were asked, too
-            raise Stopped(f"{reason}, {step}") from None
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {step}") from None
+        if isinstance(error, LostError) and reason:  # asked to end, as the other one was
+            gone = "another process of this run had ended before"
+            raise Stopped(f"{reason}, {step}; {gone}") from None
         if isinstance(error, self.failures):
             message = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else error
             raise RunError(f"{message}, {step}; {self.again} goes on") from None

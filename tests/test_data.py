@@ -47,8 +47,7 @@ def adair_root(tmp_path):
     return tmp_path
 
 
-# ------------------------------------------------------------------------------------------------
-# reading images
+# ----------------------------------------------------------------------------------- reading images
 
 
 @pytest.mark.parametrize("kind", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
@@ -92,8 +91,7 @@ def test_writing_rounds(tmp_path):
     assert np.asarray(Image.open(tmp_path / "x.png")).max() == 101
 
 
-# -------------------------------------------------------------------------------------------------------
-# sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def test_adair_layout(adair_root):
@@ -267,8 +265,7 @@ def test_files_that_number_alike_are_sorted_alike_everywhere(tmp_path):
     assert [data.stem(p) for p in data.images_in(tmp_path)] == ["a01", "a1", "a2", "a10"]
 
 
-# --------------------------------------------------------------------------------------------------
-# degradations
+# ------------------------------------------------------------------------------------- degradations
 
 
 @pytest.fixture
@@ -342,8 +339,7 @@ def test_true_depth_is_nearer_for_larger_disparity():
     ).disparity
 
 
-# ---------------------------------------------------------------------------------------------------------
-# crops
+# -------------------------------------------------------------------------------------------- crops
 
 
 def test_a_box_is_cut_after_the_exif_rotation(tmp_path):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import small_adair
 from torch.distributions import Beta, kl_divergence
 
 import grpo
-from policy import beta_entropy, beta_log_prob
+from policy import beta_entropy, beta_log_prob, policy_for
 
 
 def test_advantages_by_hand():
@@ -157,3 +158,21 @@ def test_supervised_losses_and_where_their_gradient_goes():
     assert l_cons.item() == pytest.approx((best - det).abs().mean().item())
     l_cons.backward()
     assert best.grad.abs().sum() > 0 and det.grad.abs().sum() > 0
+
+
+def test_a_group_drawn_in_parts_is_that_of_each_image_alone():
+    """Five rollouts of two images, drawn as 2, 2 and 1: each replayed by itself."""
+    net, g = small_adair(para1=0.1), torch.Generator().manual_seed(0)
+    policy, x = policy_for(net), torch.rand(2, 3, 32, 32, generator=g)
+    with torch.no_grad():
+        group = grpo.rollout(net, policy, net.encode(x), 5, [g], at_once=2)
+        assert group.restored.shape == (2, 5, 3, 32, 32) and group.actions.shape == (2, 5, 3, 4)
+        assert len(torch.unique(group.actions[..., 0, 2])) == 10
+        for b in range(2):
+            for i in range(5):
+                controller = policy.replay(group.actions[b : b + 1, i])
+                y = net(x[b : b + 1], controller)[0]
+                assert torch.allclose(y, group.restored[b, i], atol=1e-5)
+                for stored, seen in zip(group.states, controller.states):
+                    for s, t in zip(stored, seen):
+                        assert torch.allclose(s[b, i], t[0], atol=1e-5)

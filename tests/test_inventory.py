@@ -127,10 +127,10 @@ def test_a_folder_without_one_pair_is_not_called_absent(published, capsys):
     assert any("rain-1.png has no clean image norain-1.*" in line for line in lines) and not any(
         "Train/Derain/rainy" in line and "Rain100L, 200" in line for line in lines
     )
-    with pytest.raises(
-        DataError,
-        match="no pairs in AdaIR's layout .* for derain; 6 file.s. cannot be used, as .*rainy/rain-1.png has no clean image",
-    ):
+    words = (
+        "no pairs in AdaIR's layout .* for derain; 6 file.s. cannot be used, as .*rain-1.png has no"
+    )
+    with pytest.raises(DataError, match=words):
         list_training(published, tasks=["derain"])
 
 

@@ -76,8 +76,7 @@ def local(model, **settings):
     return judges.LocalJudge(judges.Config(str(model), **settings))
 
 
-# -----------------------------------------------------------------------------------------------------
-# arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 
 
 def test_expectation_over_five_logits():
@@ -175,10 +174,8 @@ def test_the_prompt_asks_what_the_paper_asks(tmp_path):
         label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])
     ] == [True] * 3
     text = "".join(parts[::2])
-    assert all(
-        word in text
-        for word in "noise rain haze blur light contrast exposure artifacts <Score>X</Score>".split()
-    )
+    words = "noise rain haze blur light contrast exposure artifacts <Score>X</Score>"
+    assert all(word in text for word in words.split())
     assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
     assert "alone" in "".join(judges.prompt_parts(None, "logits"))
     (tmp_path / "prompt.txt").write_text("compare <gt> with <restored>")
@@ -188,7 +185,7 @@ def test_the_prompt_asks_what_the_paper_asks(tmp_path):
         judges.prompt_parts(tmp_path / "prompt.txt", "logits")
 
 
-# ---------------------------------------------------------------------------------------- the
+# ---------------------------------------------------------------------------------------------- the
 # model, as it is loaded
 
 
@@ -322,7 +319,7 @@ def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------- the
+# ---------------------------------------------------------------------------------------------- the
 # program by itself
 
 
@@ -415,7 +412,7 @@ def test_what_is_no_image_is_an_error_of_its_line(image):
     assert reply == dict(id="a", score=None, error=f"line 2: {words}")
 
 
-# ------------------------------------------------------------------------------- the trainer's
+# ------------------------------------------------------------------------------------ the trainer's
 # side, with real processes
 
 
@@ -625,7 +622,8 @@ def test_a_log_that_cannot_be_written(tmp_path):
 
 
 def test_a_judge_that_ends_after_its_start_says_why(tmp_path):
-    words = "import sys; print('{\"ready\": 1}', flush=True); sys.stdin.readline(); sys.exit('the card fell out')"
+    words = "import sys; print('{\"ready\": 1}', flush=True); sys.stdin.readline(); "
+    words += "sys.exit('the card fell out')"
     judge = judges.Judge([sys.executable, "-c", words], tmp_path / "log")
     assert ask(judge)().isnan().all() and str(judge.problem) == "the card fell out (exit code 1)"
 
@@ -673,8 +671,7 @@ def test_no_judge_outlives_its_trainer(tiny, tmp_path, when):
     assert gone(pids[0])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# servers
+# ------------------------------------------------------------------------------------------ servers
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -892,8 +889,7 @@ def test_a_real_server(tiny, tmp_path):
         process.kill()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):

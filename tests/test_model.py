@@ -33,7 +33,7 @@ def official_shapes(net):
 
 def formula_state():
     """Weights given by the formulas under which the original's outputs were recorded."""
-    net = model.AdaIR(**{k: v for k, v in FORMULA["config"].items()})
+    net = model.AdaIR(**FORMULA["config"])
     state = {}
     for i, (key, shape) in enumerate(sorted(official_shapes(net).items())):
         w = np.sin(0.731 * np.arange(math.prod(shape)) + 1.37 * i)

@@ -33,8 +33,7 @@ def as_numpy(image):
     return image.permute(1, 2, 0).double().numpy()
 
 
-# ------------------------------------------------------------------------------------------------
-# general reward
+# ----------------------------------------------------------------------------------- general reward
 
 
 def test_psnr_against_scikit_image(pair):
@@ -69,8 +68,7 @@ def test_ssim_is_clipped_and_wants_a_window():
         rewards.ssim(x[..., :10], x[..., :10])
 
 
-# --------------------------------------------------------------------------------------------------
-# task rewards
+# ------------------------------------------------------------------------------------- task rewards
 
 
 def np_luma(image):
@@ -200,8 +198,7 @@ def test_low_light_reaches_at_most_0_3():
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 def test_the_published_weights():
@@ -257,8 +254,7 @@ def test_the_table_says_why_a_term_is_off():
     assert sum(row["weight"] for row in rows.values()) == pytest.approx(1, abs=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------
-# composite reward
+# --------------------------------------------------------------------------------- composite reward
 
 
 def test_composite_is_the_weighted_sum_per_group():
@@ -301,8 +297,7 @@ def test_a_group_the_judge_could_not_score_is_rewarded_without_it():
     assert torch.allclose(r[1], without[1])
 
 
-# -------------------------------------------------------------------------------------------
-# networks behind terms
+# ---------------------------------------------------------------------------- networks behind terms
 
 
 def tiny_clip():

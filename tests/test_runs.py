@@ -78,7 +78,7 @@ def largest_difference(a, b, parts=("model", "policy")):
     return max((a[part][k] - b[part][k]).abs().max().item() for part in parts for k in a[part])
 
 
-# ----------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_goes_on(once):
     assert read_checkpoint(run / "last.pt")["step"] == stored["step"] + 3
 
 
-# ------------------------------------------------------------------------------------ ways to end
+# -------------------------------------------------------------------------------------- ways to end
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(small, tmp_path):

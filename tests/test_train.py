@@ -44,7 +44,7 @@ METRICS = (
 ).split()
 
 
-# -------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def test_a_run_leaves_everything_a_run_folder_has(small, init, photos, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_tasks_and_lists_choose_what_is_trained_on(small, tmp_path, capsys):
     assert "has no training images for dehaze" in fails(capsys, train.main, flags)
 
 
-# ------------------------------------------------------------------------------- one step, by hand
+# -------------------------------------------------------------------------------- one step, by hand
 
 
 class Shuffled:
@@ -270,7 +270,7 @@ def test_rollouts_obey_the_spread_that_the_heads_start_with():
     assert min(spreads) > 20 * max(rounding) and np.median(spreads) > 1e-4, (spreads, rounding)
 
 
-# ------------------------------------------------------------------------------------ pre-training
+# ------------------------------------------------------------------------------------- pre-training
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_old_command_lines_name_the_new_program(capsys):
     assert done.returncode == 2 and "inventory.py" in done.stderr and done.stderr.count("\n") == 1
 
 
-# --------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
