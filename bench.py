@@ -35,6 +35,7 @@ import mining
 import report
 import runs
 import train
+from config import DEMO_MODEL, parse
 from data import EMBEDDED_TRAIN, DataError, list_embedded, list_training, load_pair
 from grpo import group_advantages, grpo_loss, rollout, supervised_losses, total_loss
 from metrics import psnr
@@ -331,13 +332,16 @@ class TimedRun(runs.Run):
     step. loss and gradient are those of the first.
     """
 
-    def __init__(self, folder, repeats, dtype=torch.float32, rivals=lambda state, batch: []):
-        super().__init__(folder, runs.Stop(), "", save_every=1 << 60)
+    def __init__(
+        self, folder, device, repeats, dtype=torch.float32, rivals=lambda state, batch: []
+    ):
+        super().__init__(folder, runs.Stop(), "", device, save_every=1 << 60)
         self.repeats, self.dtype, self.rivals = repeats, dtype, rivals
         self.peaks = []
 
-    def batches(self, crops, size, workers, device):
-        state, self.crops = self.state, 0  # the state stays what it is
+    def batches(self, crops, size):
+        device, state = self.device, self.state
+        self.crops = 0  # the state stays what it is
         for parameter in state.reference.parameters():  # else the KL and its gradient are 0
             parameter.data += 0.02 * torch.randn_like(parameter)
         batch = crops.collate([crops[n] for n in range(size)])
@@ -371,14 +375,14 @@ def time_step(config, model, crop, group_size, rivals=lambda state, batch: []):
     flags = ["--lr", 0, "--hard-ratio", 1, "--device", config.device, "--seed", config.seed]
     flags += ["--crop", crop, "--group-size", group_size, "--batch-size", config.batch_size]
     flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
-    flags = train.parse([str(flag) for flag in flags])
+    flags = parse([str(flag) for flag in flags])
     samples = list_embedded(EMBEDDED_TRAIN, tile=crop)[::9]  # of one crop each: mined in no time
     reward = Reward(parse_terms("default"), config.device)
     dtype = model.output.weight.dtype
     with tempfile.TemporaryDirectory() as folder:
         rivals = partial(rivals, reward, flags)
         talk = contextlib.redirect_stdout(sys.stderr)  # what a run says is no figure
-        with talk, TimedRun(folder, config.repeats, dtype, rivals) as run:
+        with talk, TimedRun(folder, config.device, config.repeats, dtype, rivals) as run:
             train.post_train(flags, run, model, reward, samples[: config.batch_size], [])
     return run
 
@@ -390,7 +394,7 @@ def build(config):
     """The model of --model, on its device, in eval mode."""
     torch.manual_seed(config.seed)
     if config.model == "demo":
-        model = load_adair(train.DEMO_MODEL)
+        model = load_adair(DEMO_MODEL)
     else:
         model = AdaIR(mask_rule="fraction", rates=(0.25, 0.25)).eval()
         for block in (model.fre1, model.fre2, model.fre3):

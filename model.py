@@ -13,6 +13,7 @@ Parameter names are those of the official checkpoints, so those load as they are
 import math
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ UNUSED = re.compile(r"fre[123]\.(conv\.weight|score_gen\.weight|score_gen\.bias)
 # of 128. 0.01 rounds to an empty mask on images under 200 px. A Beta of that mean opens a mask in a
 # few percent of rollouts only.
 EMPTY_RATE = 0.01
+
+
+Conv = partial(nn.Conv2d, bias=False)
 
 
 class CheckpointError(ValueError):
@@ -86,9 +90,9 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
-        self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
-        self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
+        self.qkv = Conv(dim, 3 * dim, 1)
+        self.qkv_dwconv = Conv(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim)
+        self.project_out = Conv(dim, dim, 1)
 
     def forward(self, x):
         q, k, v = pointwise_depthwise(x, self.qkv, self.qkv_dwconv, 3)
@@ -101,11 +105,11 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, heads=4):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.q = nn.Conv2d(dim, dim, 1, bias=False)
-        self.q_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.kv = nn.Conv2d(dim, 2 * dim, 1, bias=False)
-        self.kv_dwconv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, bias=False)
-        self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
+        self.q = Conv(dim, dim, 1)
+        self.q_dwconv = Conv(dim, dim, 3, padding=1, groups=dim)
+        self.kv = Conv(dim, 2 * dim, 1)
+        self.kv_dwconv = Conv(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
+        self.project_out = Conv(dim, dim, 1)
 
     def forward(self, x, y):
         k, v = pointwise_depthwise(y, self.kv, self.kv_dwconv, 2)
@@ -118,9 +122,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim, ffn_expansion):
         super().__init__()
         hidden = int(dim * ffn_expansion)
-        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=False)
-        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
-        self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.project_in = Conv(dim, 2 * hidden, 1)
+        self.dwconv = Conv(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.project_out = Conv(hidden, dim, 1)
 
     def forward(self, x):
         gate, value = pointwise_depthwise(x, self.project_in, self.dwconv, 2)
@@ -141,7 +145,7 @@ class TransformerBlock(nn.Module):
 class SpatialGate(nn.Module):
     def __init__(self):
         super().__init__()
-        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.spatial = Conv(2, 1, 7, padding=3)
 
     def forward(self, x):
         pooled = torch.stack((x.amax(dim=1), x.mean(dim=1)), dim=1)  # (B, 2, H, W)
@@ -151,11 +155,7 @@ class SpatialGate(nn.Module):
 class ChannelGate(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Conv2d(dim, dim // 16, 1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(dim // 16, dim, 1, bias=False),
-        )
+        self.mlp = nn.Sequential(Conv(dim, dim // 16, 1), nn.ReLU(), Conv(dim // 16, dim, 1))
 
     def forward(self, x):
         mean, peak = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
@@ -186,9 +186,8 @@ def band_mask(half_height, half_width, height, width):
         k = torch.fft.fftfreq(n, 1 / n, device=half.device).round()  # signed frequency numbers
         return (k >= -half[:, None]) & (k < half[:, None])  # (B, n)
 
-    return (inside(half_height, height)[:, :, None] & inside(half_width, width)[:, None, :])[
-        :, None
-    ]
+    rows, columns = inside(half_height, height), inside(half_width, width)
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 def split_bands(f, mask):
@@ -197,10 +196,8 @@ def split_bands(f, mask):
     f = f.to(torch.promote_types(f.dtype, torch.float32))  # no half-precision FFT for most sizes
     f, mask = f[:, None], mask.unflatten(0, (len(f), -1))  # (B, 1, C, H, W), (B, n, 1, H, W)
     low = torch.fft.ifft2(torch.fft.fft2(f, norm="forward") * mask, norm="forward")
-    return tuple(
-        band.flatten(0, 1).abs().contiguous(memory_format=torch.channels_last)
-        for band in (low, f - low)
-    )
+    bands = (band.flatten(0, 1).abs() for band in (low, f - low))
+    return tuple(band.contiguous(memory_format=torch.channels_last) for band in bands)
 
 
 class AFLB(nn.Module):
@@ -214,20 +211,13 @@ class AFLB(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, dim, 3, padding=1, bias=False)
-        self.channel_cross_l, self.channel_cross_h, self.channel_cross_agg = (
-            CrossAttention(dim) for _ in range(3)
-        )
+        self.conv1 = Conv(3, dim, 3, padding=1)
+        self.channel_cross_l, self.channel_cross_h = CrossAttention(dim), CrossAttention(dim)
+        self.channel_cross_agg = CrossAttention(dim)
         self.frequency_refine = FrequencyRefine(dim)
-        self.rate_conv = nn.Sequential(
-            nn.Conv2d(dim, dim // 8, 1, bias=False),
-            nn.GELU(),
-            nn.Conv2d(dim // 8, 2, 1, bias=False),
-        )
-        self.para1, self.para2 = (
-            nn.Parameter(torch.zeros(dim, 1, 1)),
-            nn.Parameter(torch.ones(dim, 1, 1)),
-        )
+        self.rate_conv = nn.Sequential(Conv(dim, dim // 8, 1), nn.GELU(), Conv(dim // 8, 2, 1))
+        self.para1 = nn.Parameter(torch.zeros(dim, 1, 1))
+        self.para2 = nn.Parameter(torch.ones(dim, 1, 1))
 
     def half_size(self, rate, side, mask_rule):
         """The mask's half-size, an integer, on a side of so many px."""
@@ -270,23 +260,21 @@ class AFLB(nn.Module):
 
 
 class Resample(nn.Module):
-    """3×3 convolution and pixel (un)shuffle: half the size at twice the channels, or the
-    reverse."""
+    """3×3 convolution and pixel (un)shuffle: half the size at twice the channels, or back."""
 
     def __init__(self, dim, conv_out, shuffle):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(dim, conv_out, 3, padding=1, bias=False), shuffle(2))
+        self.body = nn.Sequential(Conv(dim, conv_out, 3, padding=1), shuffle(2))
 
     def forward(self, x):
-        return self.body(x).contiguous(
-            memory_format=torch.channels_last
-        )  # on a GPU, shuffles return another layout
+        # on a GPU, shuffles return another layout
+        return self.body(x).contiguous(memory_format=torch.channels_last)
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, 3, padding=1, bias=False)
+        self.proj = Conv(3, dim, 3, padding=1)
 
     def forward(self, x):
         return self.proj(x)
@@ -326,20 +314,13 @@ class AdaIR(nn.Module):
         super().__init__()
         if mask_rule not in ("adair", "fraction"):
             raise ValueError(f'mask_rule is {mask_rule!r}; it must be "adair" or "fraction"')
-        self.config = dict(
-            dim=dim,
-            num_blocks=list(num_blocks),
-            num_refinement_blocks=num_refinement_blocks,
-            heads=list(heads),
-            ffn_expansion=ffn_expansion,
-            mask_rule=mask_rule,
-            rates=list(rates),
-        )
+        self.config = dict(dim=dim, num_blocks=list(num_blocks), heads=list(heads))
+        self.config |= dict(num_refinement_blocks=num_refinement_blocks)
+        self.config |= dict(ffn_expansion=ffn_expansion, mask_rule=mask_rule, rates=list(rates))
 
         def blocks(n, width, level):
-            return nn.Sequential(
-                *(TransformerBlock(width, heads[level - 1], ffn_expansion) for _ in range(n))
-            )
+            shape = width, heads[level - 1], ffn_expansion
+            return nn.Sequential(*(TransformerBlock(*shape) for _ in range(n)))
 
         n1, n2, n3, n4 = num_blocks
         self.patch_embed = PatchEmbed(dim)
@@ -353,15 +334,15 @@ class AdaIR(nn.Module):
 
         self.fre1, self.fre2, self.fre3 = AFLB(8 * dim), AFLB(4 * dim), AFLB(2 * dim)
         self.up4_3 = Resample(8 * dim, 16 * dim, nn.PixelShuffle)
-        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=False)
+        self.reduce_chan_level3 = Conv(8 * dim, 4 * dim, 1)
         self.decoder_level3 = blocks(n3, 4 * dim, 3)
         self.up3_2 = Resample(4 * dim, 8 * dim, nn.PixelShuffle)
-        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=False)
+        self.reduce_chan_level2 = Conv(4 * dim, 2 * dim, 1)
         self.decoder_level2 = blocks(n2, 2 * dim, 2)
         self.up2_1 = Resample(2 * dim, 4 * dim, nn.PixelShuffle)
         self.decoder_level1 = blocks(n1, 2 * dim, 1)
         self.refinement = blocks(num_refinement_blocks, 2 * dim, 1)
-        self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
+        self.output = Conv(2 * dim, 3, 3, padding=1)
 
     @property
     def channels(self):
@@ -471,10 +452,8 @@ def adair_config(state):
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
     # hidden = int(dim · expansion): the shortest decimal that gives the hidden width of every level
     # (2.66 for AdaIR)
-    widths = [
-        (dim << i, state[f"{name}.0.ffn.project_out.weight"].shape[1])
-        for i, name in enumerate(levels)
-    ]
+    hidden = [state[f"{name}.0.ffn.project_out.weight"].shape[1] for name in levels]
+    widths = [(dim << i, h) for i, h in enumerate(hidden)]
     low, high = max(h / c for c, h in widths), min((h + 1) / c for c, h in widths)
     candidates = (math.ceil(low * 10**digits) / 10**digits for digits in range(1, 9))
     return dict(
@@ -517,52 +496,19 @@ def load_adair(path, checkpoint=None):
     Raises CheckpointError, naming any tensor that is missing, unknown or of the wrong shape.
     """
     checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
-    config = {}
-    if isinstance(checkpoint, dict) and "model" in checkpoint:
-        state, config = checkpoint["model"], dict(checkpoint.get("config", {}))
-    else:
-        state = (
-            checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
-        )
+    state, config = checkpoint, {}
+    if isinstance(state, dict):
+        config = checkpoint.get("config", {}) if "model" in checkpoint else {}
+        state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no state dict of an AdaIR")
     state = {key.removeprefix("net."): value for key, value in state.items()}
     try:
-        config = {**adair_config(state), **config}
-    except (KeyError, StopIteration) as error:
+        model = AdaIR(**{**adair_config(state), **config})
+        model.load_state_dict({k: v for k, v in state.items() if not UNUSED.fullmatch(k)})
+    except KeyError as error:
         raise CheckpointError(f"{path} is not an AdaIR: it has no tensor {error}") from None
-    try:
-        model = AdaIR(**config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has a configuration this AdaIR does not know ({error})"
-        ) from None
-    problems = state_problems(model, state)
-    if problems:
-        raise CheckpointError(f"{path} is not an AdaIR of {config}: " + "; ".join(problems))
-    model.load_state_dict({k: v for k, v in state.items() if not UNUSED.fullmatch(k)})
+    except Exception as error:  # another network's tensors, or another version's configuration
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path} is not an AdaIR ({words:.600})") from None
     return model.float().eval()
-
-
-def state_problems(model, state):
-    """One phrase for each kind of tensor that `state` lacks, has too many, or has in another
-    shape."""
-    wanted = model.state_dict()
-    unknown = [k for k in state if k not in wanted and not UNUSED.fullmatch(k)]
-    missing = [k for k in wanted if k not in state]
-    other = [
-        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-        for k, v in wanted.items()
-        if k in state and state[k].shape != v.shape
-    ]
-
-    def phrase(kind, keys):
-        return f"{kind} {', '.join(keys[:8])}" + (
-            f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        )
-
-    return [
-        phrase(k, v)
-        for k, v in (("unknown", unknown), ("missing", missing), ("other shapes", other))
-        if v
-    ]

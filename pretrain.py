@@ -187,8 +187,9 @@ def pretrain(config, stop):
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
 
+    shell = config.device, config.workers, config.save_every
     errors = (DataError, CheckpointError)
-    with runs.Run(folder, stop, "the same command", config.save_every, failures=errors) as run:
+    with runs.Run(folder, stop, "the same command", *shell, failures=errors) as run:
         run.start(state, "pretrain", shown=dict(l1="loss/total"))
         while state.step < config.steps:
             crop, size = stage(state.step)
@@ -196,7 +197,7 @@ def pretrain(config, stop):
             ahead = range(state.step, config.steps)
             same = next((s for s in ahead if stage(s) != (crop, size)), config.steps) - state.step
             until = state.seen + same * size * runs.processes()
-            for batch in run.batches(crops, size, config.workers, config.device, until):
+            for batch in run.batches(crops, size, until):
                 warm_up = min(1, (state.step + 1) / WARM_UP)
                 cosine = 0.5 + 0.5 * math.cos(math.pi * state.step / config.steps)
                 optimizer.param_groups[0]["lr"] = config.lr * warm_up * cosine + 1e-6

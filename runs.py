@@ -313,9 +313,22 @@ class Run:
     the run was asked to end.
     """
 
-    def __init__(self, folder, stop, again, save_every, keep_every=0, failures=()):
-        """again: what goes on with the run; failures: exceptions that are no bugs."""
+    def __init__(
+        self,
+        folder,
+        stop,
+        again,
+        device="cpu",
+        workers=None,
+        save_every=100,
+        keep_every=0,
+        failures=(),
+    ):
+        """again: what goes on with the run; device: of the batches; workers: processes that load
+        images, None: 4 beside a GPU, else none; failures: exceptions that are no bugs."""
         self.folder, self.stop, self.again = Path(folder), stop, again
+        self.device, self.gpu = device, on_gpu(device)
+        self.workers = (4 if self.gpu else 0) if workers is None else workers
         self.save_every, self.keep_every = save_every, keep_every
         self.failures = (OSError, torch.OutOfMemoryError, RunError, *failures)
         self.state, self.reason, self.skipped = None, None, 0
@@ -350,28 +363,18 @@ class Run:
         self.bar = tqdm(initial=state.step, desc=desc, unit="step", disable=rank() > 0)
         self.begun = time.perf_counter()
 
-    def batches(self, crops, size, workers, device, until=None):
+    def batches(self, crops, size, until=None):
         """Batches of `size` crops for this process, on its device, from the state's next crop on
-        until `until` (state.total) were seen by all; the last step is filled from the next epoch.
-
-        workers: processes that load images; None: 4 beside a GPU, else none.
-        """
-        state, gpu, until = self.state, on_gpu(device), until or self.state.total
-        workers = (4 if gpu else 0) if workers is None else workers
+        until `until` (state.total) were seen by all; the last step is filled from the next
+        epoch."""
+        state, until = self.state, until or self.state.total
         self.crops = size * processes()  # of one step
         steps = range(state.seen + rank() * size, until + rank() * size, self.crops)
         numbers = [range(first, first + size) for first in steps]
         self.bar.total = state.step + len(numbers)
-        loader = iter(
-            DataLoader(
-                crops,
-                batch_sampler=numbers,
-                num_workers=workers,
-                collate_fn=crops.collate,
-                pin_memory=gpu,
-            )
-        )
-        if workers:
+        loading = dict(num_workers=self.workers, pin_memory=self.gpu, collate_fn=crops.collate)
+        loader = iter(DataLoader(crops, batch_sampler=numbers, **loading))
+        if self.workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises in the midst of a step
         for _ in numbers:
             try:
@@ -380,8 +383,8 @@ class Run:
                 words = str(error).strip().splitlines()[-1]  # a worker's traceback stands before
                 reason = words.removeprefix("data.DataError: ")
                 raise RunError(f"images could not be loaded: {reason}") from None
-            self.names = batch.names
-            degraded, gt = (t.to(device, non_blocking=True) for t in (batch.degraded, batch.gt))
+            self.names, images = batch.names, (batch.degraded, batch.gt)
+            degraded, gt = (t.to(self.device, non_blocking=True) for t in images)
             yield batch._replace(degraded=degraded, gt=gt)
 
     def step(self, optimizer, loss, max_norm=math.inf):

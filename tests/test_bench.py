@@ -10,6 +10,7 @@ from conftest import small_adair
 import bench
 import model
 import train
+from config import parse
 from grpo import rollout
 from policy import policy_for
 
@@ -87,7 +88,7 @@ def test_under_bf16_the_policy_computes_in_float32():
     policy, x = policy_for(net), torch.rand(2, 3, 32, 32, generator=g)
     groups = {}
     for amp in ("fp32", "bf16"):
-        config = train.parse(["--amp", amp, "--device", "cpu"])
+        config = parse(["--amp", amp, "--device", "cpu"])
         with torch.no_grad(), train.half_precision(config):
             encoding = net.encode(x)
             group = rollout(net, policy, encoding, 4, [torch.Generator().manual_seed(1)])

@@ -2,6 +2,7 @@
 training with a judge."""
 
 import base64
+import dataclasses
 import http.server
 import io
 import json
@@ -30,6 +31,7 @@ import judge as judges
 import rewards
 import runs
 import train
+from config import parse
 from data import DataError
 
 SMALL = ("--min-pixels", "3136")  # 4 tokens of an image, instead of 256
@@ -1090,8 +1092,8 @@ def test_a_resumed_run_keeps_its_kind_of_judge(tmp_path, capsys):
     """One without a judge gets none; a server's goes on with a judge of its own."""
 
     def stored(*flags):
-        config = train.parse(["--device", "cpu", *flags])
-        runs.save_json(tmp_path / "config.json", train.dataclasses.asdict(config))
+        config = parse(["--device", "cpu", *flags])
+        runs.save_json(tmp_path / "config.json", dataclasses.asdict(config))
         return ["--resume", str(tmp_path)]
 
     resume = stored()
@@ -1100,7 +1102,7 @@ def test_a_resumed_run_keeps_its_kind_of_judge(tmp_path, capsys):
     resume = stored("--judge", "http://h/v1", "--judge-model", "qwen", "--judge-mode", "generate")
     said = fails(capsys, train.main, [*resume, "--judge", "none"])
     assert "cannot gain or lose its judge" in said
-    expert = train.parse([*resume, "--judge", str(tmp_path), "--judge-mode", "logits"]).expert
+    expert = parse([*resume, "--judge", str(tmp_path), "--judge-mode", "logits"]).expert
     assert (expert.judge, expert.judge_model, expert.judge_mode) == (str(tmp_path), None, "logits")
     resume = stored("--judge", "m")
     assert "--judge-model" in fails(capsys, train.main, [*resume, "--judge", "http://h/v1"])
@@ -1121,7 +1123,7 @@ def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wan
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     assert train.judge_device(device) == wanted
-    config = train.parse(["--judge", "m", "--device", "cpu", "--judge-args=--min-pixels 784"])
+    config = parse(["--judge", "m", "--device", "cpu", "--judge-args=--min-pixels 784"])
     config.device = device
     with train.make_judge(config, runs.Stop()) as judge:
         assert judge.command[judge.command.index("--device") + 1] == wanted and judge.command[

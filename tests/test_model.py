@@ -255,11 +255,14 @@ def test_unknown_missing_and_misshapen_tensors_are_named(tmp_path, state):
     del state["fre2.para1"]
     state["output.weight"] = torch.zeros(3, 5, 3, 3)
     torch.save(state, tmp_path / "m.pt")
-    with pytest.raises(
-        model.CheckpointError,
-        match="unknown extra.weight; missing fre2.para1; other shapes output.weight",
-    ):
+    with pytest.raises(model.CheckpointError) as error:
         model.load_adair(tmp_path / "m.pt")
+    for words in (
+        'Missing key(s) in state_dict: "fre2.para1"',
+        "extra.weight",
+        "for output.weight",
+    ):
+        assert words in str(error.value)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):

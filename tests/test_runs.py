@@ -282,10 +282,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, capsys):
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path, request):
     """A run of 6 crops without a model: what stands around a loop."""
+    workers = getattr(request, "param", 0)
     state = SimpleNamespace(step=0, seen=0, total=6, checkpoint=lambda: dict(step=state.step))
-    run = runs.Run(tmp_path, runs.Stop(), "the same command", 1000)
+    run = runs.Run(tmp_path, runs.Stop(), "the same command", workers=workers, save_every=1000)
     run.start(state, "shell")
     return run
 
@@ -324,19 +325,20 @@ def test_steps_that_are_never_finite_end_the_run_by_name(small, tmp_path, capsys
     assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 6
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_breaks_after_mining_ends_the_run_by_name(tmp_path, shell, workers):
+@pytest.mark.parametrize("shell", [0, 2], indirect=True)
+def test_an_image_that_breaks_after_mining_ends_the_run_by_name(tmp_path, shell):
     crops = Crops([s for s in samples_of(tmp_path, 3) if s.task == "derain"], 32, 0)
     cut_off(tmp_path / "1.png", 300)
     words = (
         "images could not be loaded: .*1.png cannot be read.*after step .; the same command goes on"
     )
     with pytest.raises(runs.RunError, match=words), shell:
-        for _ in shell.batches(crops, 1, workers, "cpu"):
+        for _ in shell.batches(crops, 1):
             shell.finish({})
     assert (tmp_path / "last.pt").exists()
 
 
+@pytest.mark.parametrize("shell", [2], indirect=True)
 def test_a_loader_process_that_dies_ends_the_run(tmp_path, shell, monkeypatch):
     """The second image is a pipe that nobody writes to; the process that waits for it is killed."""
     crops = Crops([s for s in samples_of(tmp_path, 6) if s.task == "derain"], 32, 0)
@@ -354,7 +356,7 @@ def test_a_loader_process_that_dies_ends_the_run(tmp_path, shell, monkeypatch):
         "images could not be loaded: DataLoader worker .* after step 1; the same command goes on"
     )
     with pytest.raises(runs.RunError, match=words), shell:
-        for _ in shell.batches(crops, 1, 2, "cpu"):
+        for _ in shell.batches(crops, 1):
             shell.finish({})
     assert read_checkpoint(tmp_path / "last.pt") == dict(step=1)
 

@@ -1,6 +1,7 @@
 """train.py and pretrain.py as a user meets them: whole runs on tiny images, one step against the
 equations, bad input."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ import eval as evaluation
 import pretrain
 import runs
 import train
+from config import DEMO_MODEL, parse
 from data import EMBEDDED_HELD_OUT, Crops, Sample, list_embedded, list_training, load_pair
 from grpo import rollout
 from metrics import evaluate, psnr
@@ -159,8 +161,8 @@ def post_train(folder, net, reward, samples, *flags):
     """`train.post_train` on these samples, all of which are trained on: its State."""
     folder.mkdir(exist_ok=True)
     argv = ["--device", "cpu", "--hard-ratio", 1, "--eval-every", 10_000, *flags]
-    config = train.parse([str(flag) for flag in argv])
-    with runs.Run(folder, runs.Stop(), "", 10_000) as run:
+    config = parse([str(flag) for flag in argv])
+    with runs.Run(folder, runs.Stop(), "", save_every=10_000) as run:
         return config, train.post_train(config, run, net, reward, samples, [])
 
 
@@ -216,7 +218,7 @@ def test_one_step_is_what_the_equations_say(tmp_path):
 
 def test_reward_rises_and_does_not_when_advantages_are_shuffled(tmp_path):
     """Does the policy learn? A frozen backbone, a handful of hazed and dark images, 80 steps."""
-    net, score, samples, side = load_adair(train.DEMO_MODEL), Reward(parse_terms("psnr")), [], 32
+    net, score, samples, side = load_adair(DEMO_MODEL), Reward(parse_terms("psnr")), [], 32
     for s in [
         s
         for s in list_embedded(["astronaut.png", "coffee.png"])
@@ -251,7 +253,7 @@ def test_reward_rises_and_does_not_when_advantages_are_shuffled(tmp_path):
 def test_rollouts_obey_the_spread_that_the_heads_start_with():
     """On the demo model: the rollouts' mean PSNR within 0.5 dB of the deterministic output, and
     rewards that differ by far more than eight computations of the same rollout do."""
-    net, score = load_adair(train.DEMO_MODEL), Reward(parse_terms("default"))
+    net, score = load_adair(DEMO_MODEL), Reward(parse_terms("default"))
     policy, losses, spreads, rounding = policy_for(net), [], [], []
     chosen = ("chelsea@33,54", "rocket@32,21")
     for sample in [s for s in list_embedded(EMBEDDED_HELD_OUT) if s.name in chosen]:
@@ -362,11 +364,11 @@ def test_impossible_flags_are_one_sentence(small, capsys, flags, words):
 
 def test_resume_wants_a_run_folder_and_nothing_else(small, tmp_path, capsys):
     assert "/nowhere is no run folder" in fails(capsys, train.main, ["--resume", "/nowhere"])
-    config = train.parse(small("run"))
-    runs.save_json(tmp_path / "config.json", train.dataclasses.asdict(config))
+    config = parse(small("run"))
+    runs.save_json(tmp_path / "config.json", dataclasses.asdict(config))
     said = fails(capsys, train.main, ["--resume", tmp_path, "--lr", 1])
     assert "keeps its settings" in said
-    again = train.parse(["--resume", str(tmp_path), "--max-minutes", "3"])
+    again = parse(["--resume", str(tmp_path), "--max-minutes", "3"])
     assert again.training.max_minutes == 3 and again.training.lr == config.training.lr
     (tmp_path / "config.json").write_text('{"steps": 3}')
     assert "is not of this version" in fails(capsys, train.main, ["--resume", tmp_path])

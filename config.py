@@ -1,0 +1,277 @@
+"""The flags of train.py: a field, its default, and under it the sentence with the equation or table
+it comes from.
+
+Flags win over the preset; config.json of a run is `Config`.
+"""
+
+import dataclasses
+import os
+import shlex
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+import runs
+from data import TASK_WORDS
+from judge import is_url
+
+DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
+
+# What a preset decides where no flag does: (demo, paper).
+PRESETS = {
+    "steps": (200, 0),
+    "epochs": (0, 30),
+    "batch_size": (1, 1),
+    "lr": (1e-5, 3e-5),
+    "head_lr_factor": (600.0, 6.0),
+    "eval_every": (100, 5000),
+    "save_every": (50, 500),
+    "rewards": ("default", "paper"),
+}
+
+
+@dataclass
+class Samples:
+    """which images are trained on: D_hard, Sec. 3.2"""
+
+    data_root: str | None = None
+    """AdaIR's data folder, or a folder of photos; without it, photographs inside scikit-image"""
+    tasks: tuple[Literal[TASK_WORDS], ...] = ()
+    """some of them: denoise derain dehaze is Table 7, one alone Table 1; without it, all there
+    are"""
+    listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
+    """file that names the training images to use, one path under --data-root a line"""
+    hard_ratio: float = 0.3
+    """share of the training set in D_hard, Table 6"""
+    select: Literal["hard", "random", "easy", "all"] = "hard"
+    """which samples, Fig. 5"""
+    hard_scope: Literal["task", "global"] = "task"
+    """rank within each task and noise level, or all together"""
+    scores: tuple[str, ...] = ()
+    """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
+    files"""
+    crop: int = 128
+    """px, a multiple of 8, Table 6"""
+    workers: int | None = None
+    """processes that load images; without it, 4 beside a GPU, else none"""
+
+
+@dataclass
+class Training:
+    """how long and how fast: Table 6"""
+
+    steps: int | None = None
+    """updates; 0: by --epochs (preset demo: 200)"""
+    epochs: int | None = None
+    """passes over D_hard (preset paper: 30)"""
+    batch_size: int | None = None
+    """images per update and process, each with a group of its own (both presets: 1)"""
+    lr: float | None = None
+    """Adam's rate for the backbone (preset demo: 1e-5, paper: 3e-5)"""
+    head_lr_factor: float | None = None
+    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates (preset demo: 600, paper:
+    6)"""
+    freeze_backbone: bool = False
+    """train the heads alone, without Eq. 1 and 2"""
+    amp: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
+    eval_every: int | None = None
+    """steps between validations, which choose best.pt (preset demo: 100, paper: 5000)"""
+    save_every: int | None = None
+    """steps between checkpoints, last.pt (preset demo: 50, paper: 500)"""
+    keep_every: int = 0
+    """steps between checkpoints that are kept, step-N.pt; 0: none"""
+    max_minutes: float | None = None
+    """end with a checkpoint after so long; --resume takes another"""
+
+
+@dataclass
+class Policy:
+    """the policy and its loss: Eq. 4–11"""
+
+    group_size: int = 4
+    """G, rollouts per image, Table 5"""
+    concentration: float = 30.0
+    """α + β that the gates start with"""
+    clip: float = 0.2
+    """ϵ of Eq. 10"""
+    kl_beta: float = 0.04
+    """β of Eq. 6"""
+    entropy_tau: float = 0.01
+    """τ of Eq. 6, Table 6"""
+    kl: Literal["sample", "exact"] = "sample"
+    """Eq. 11, or the closed form"""
+    inner_epochs: int = 1
+    """updates of the heads per group; above 1 the clip can bind"""
+    mask_rule: Literal["fraction", "adair"] = "fraction"
+    """how rates become masks; under adair they do nothing at 128 px"""
+
+
+@dataclass
+class Scoring:
+    """the reward: Eq. 22"""
+
+    rewards: str | None = None
+    """terms: default, paper, or a list as psnr,ssim=0.3,task (preset demo: default, paper:
+    paper)"""
+    weights_dir: str | None = None
+    """where clip, lpips and aes find their weights; without it, torch's cache"""
+
+
+@dataclass
+class Expert:
+    """the judge behind R_qwen: Appendix B.2"""
+
+    judge: str = "none"
+    """Qwen2.5-VL (hub name or folder), or a server: http://HOST:PORT/v1"""
+    judge_model: str | None = None
+    """what a server calls the judge's model"""
+    judge_device: str | None = None
+    """its own; without it, rank i's is cuda:(world size + i), beside a CPU trainer cpu"""
+    judge_mode: Literal["logits", "generate"] = "logits"
+    """expectation over the score's tokens, or generate: the paper's written answer"""
+    judge_prompt: str | None = None
+    """file with a prompt of your own: <gt>, <degraded>, <restored> mark the images"""
+    judge_args: str = ""
+    """further flags of judge.py: --judge-args='--min-pixels 50176 --dtype fp16'"""
+    judge_timeout: float = 60.0
+    """s a step waits for it before it is started again"""
+    judge_patience: int = 5
+    """failures in a row after which the run stops"""
+
+
+@dataclass
+class Config:
+    """Post-train a restorer by IRPO, or by its control."""
+
+    preset: Literal["demo", "paper"] = "demo"
+    """demo: minutes on two CPU cores; paper: Table 6"""
+    init: str = str(DEMO_MODEL)
+    """pre-trained AdaIR to start from, official or ours"""
+    out: str | None = None
+    """run folder to create; without it, runs/OBJECTIVE-DATE-TIME-seedSEED"""
+    resume: str | None = None
+    """run folder to continue, with its own settings"""
+    objective: Literal["irpo", "sft"] = "irpo"
+    """irpo: Eq. 7; sft: the control, L1 on the deterministic output"""
+    seed: int = 0
+    """of crops and actions"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
+    samples: Samples = field(default_factory=Samples)
+    training: Training = field(default_factory=Training)
+    policy: Policy = field(default_factory=Policy)
+    scoring: Scoring = field(default_factory=Scoring)
+    expert: Expert = field(default_factory=Expert)
+    command: Annotated[str, tyro.conf.Suppress] = ""
+
+
+def parse(argv):
+    """The Config that flags ask for: over the preset, or over that of the run that goes on. Raises
+    RunError for flags that cannot work."""
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    about = "GRPO post-training of an image restorer, on its hard samples."
+    flags = partial(tyro.cli, Config, prog="train.py", description=about, args=argv, config=options)
+    config = flags()
+    if config.resume:
+        stored = load_config(config.resume)
+        config = resumed(flags(default=stored), stored)
+    else:
+        fill(config)
+        config.command = shlex.join(["python", "train.py", *argv])
+    check(config)
+    return config
+
+
+def fill(config):
+    """What the preset decides, and paths made absolute so that --resume works from any folder."""
+    if config.training.epochs and config.training.steps is None:
+        config.training.steps = 0  # whoever names epochs means epochs
+    for name, values in PRESETS.items():
+        group = config.scoring if name == "rewards" else config.training
+        if getattr(group, name) is None:
+            setattr(group, name, values[config.preset == "paper"])
+    name = f"{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    config.out = config.out or f"runs/{name}"
+
+    def absolute(path):
+        return path and str(Path(path).resolve())
+
+    samples, expert = config.samples, config.expert
+    config.init, expert.judge_prompt = absolute(config.init), absolute(expert.judge_prompt)
+    samples.data_root, samples.listed = absolute(samples.data_root), absolute(samples.listed)
+    config.scoring.weights_dir = absolute(config.scoring.weights_dir)
+    if Path(expert.judge).is_dir():
+        expert.judge = absolute(expert.judge)
+
+
+def load_config(folder):
+    """The Config in a run folder's config.json. Raises RunError."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise runs.RunError(f"{folder} is no run folder: it has no config.json")
+    stored = runs.load_json(path)
+    try:
+        for group in dataclasses.fields(Config):
+            if dataclasses.is_dataclass(group.default_factory):
+                values = stored[group.name].items()
+                values = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
+                stored[group.name] = group.default_factory(**values)
+        return Config(**stored)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise runs.RunError(f"{path} is not of this version ({error})") from None
+
+
+def resumed(config, stored):
+    """The configuration of a run that goes on, where only --max-minutes and the judge's flags may
+    be given besides. Raises RunError for others."""
+    free = dataclasses.replace(
+        config,
+        resume=stored.resume,
+        expert=stored.expert,
+        training=dataclasses.replace(config.training, max_minutes=stored.training.max_minutes),
+    )
+    if free != stored:
+        hint = "give --resume RUN alone, or with --max-minutes and --judge… flags"
+        raise runs.RunError(f"a resumed run keeps its settings: {hint}")
+    if (config.expert.judge == "none") != (stored.expert.judge == "none"):
+        hint = "a run cannot gain or lose its judge"
+        raise runs.RunError(f"{config.resume} keeps its reward: {hint}")
+    if not is_url(config.expert.judge) and config.expert.judge_model == stored.expert.judge_model:
+        config.expert.judge_model = None  # that of a server
+    if "WORLD_SIZE" in os.environ:
+        config.device = config.device.split(":")[0]
+    return config
+
+
+def check(config):
+    """Raises RunError, in one sentence, for values that cannot work."""
+    training, policy, expert = config.training, config.policy, config.expert
+    runs.check_numbers(config, least=dict(seed=0), most=dict(seed=2**31 - 1))
+    least = dict(crop=8, workers=0)
+    runs.check_numbers(config.samples, dict(hard_ratio=0), least, dict(hard_ratio=1, workers=256))
+    least = dict(steps=0, epochs=0, lr=0, head_lr_factor=0, keep_every=0)
+    least |= dict(batch_size=1, eval_every=1, save_every=1)
+    runs.check_numbers(training, above=dict(max_minutes=0), least=least)
+    least = dict(group_size=1, clip=0, kl_beta=0, entropy_tau=0, inner_epochs=1)
+    runs.check_numbers(policy, dict(concentration=2), least, dict(concentration=3000))
+    runs.check_numbers(expert, dict(judge_timeout=0), dict(judge_patience=1))
+    runs.check_multiple_of_8("--crop", config.samples.crop)
+    runs.check_device(config.device)
+    for path in config.samples.scores:
+        runs.check_file("--scores", path)
+    runs.check_file("--list", config.samples.listed)
+    runs.check_file("--judge-prompt", expert.judge_prompt)
+    if not training.steps and not training.epochs:
+        raise runs.RunError("--steps and --epochs are both 0: nothing would be trained")
+    if config.objective == "sft" and training.freeze_backbone:
+        raise runs.RunError("--objective sft with --freeze-backbone would train nothing")
+    if config.objective == "sft" and expert.judge != "none":
+        raise runs.RunError("--objective sft has no reward: leave --judge out")
+    if is_url(expert.judge) != bool(expert.judge_model):
+        hint = "it goes with --judge http://… and only with that"
+        raise runs.RunError(f"--judge-model names the model of a server: {hint}")
