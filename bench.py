@@ -1,10 +1,9 @@
 """Time and memory of one IRPO step, of AdaIR's forward and of mining, each against the same thing
 written plainly.
 
-    python bench.py                       a step, its parts and inference; the demo model python
-    bench.py --model paper         the same at the published size, random weights python bench.py
-    scaling               what a step and a restored photo cost as they grow; a table and a plot
-    python bench.py mining                images per second of hard mining
+    python bench.py                  a step, its parts and inference; the demo model
+    python bench.py --model paper    the same at the published size, random weights
+    python bench.py mining           images per second of hard mining
 
 Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of
 medians. Figures of two runs, and of two machines, cannot be compared.
@@ -13,7 +12,6 @@ medians. Figures of two runs, and of two machines, cannot be compared.
 import contextlib
 import copy
 import gc
-import math
 import os
 import statistics
 import sys
@@ -22,7 +20,6 @@ import time
 import types
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory here, talks
@@ -32,7 +29,6 @@ import torch.nn.functional as F
 import tyro
 
 import mining
-import report
 import runs
 import train
 from config import DEMO_MODEL, parse
@@ -61,12 +57,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 class Config:
     """Measure."""
 
-    what: tyro.conf.Positional[Literal["both", "step", "inference", "mining", "scaling"]] = "both"
+    what: tyro.conf.Positional[Literal["both", "step", "inference", "mining"]] = "both"
     """both: step and inference"""
     model: Literal["demo", "paper"] = "demo"
     """paper: Table 6's size, random weights"""
     crop: int = 128
-    """px a side, of the step; 16 to 400"""
+    """px a side, of the step; 16 to 300"""
     group_size: int = 4
     """G, of the step"""
     batch_size: int = 1
@@ -77,14 +73,6 @@ class Config:
     """bf16: autocast on our side alone; fp64: of both backbones"""
     sizes: tuple[int, ...] = (256, 512)
     """px a side, of inference"""
-    groups: tuple[int, ...] = (2, 4, 8, 16)
-    """G, of scaling"""
-    crops: tuple[int, ...] = (64, 128, 192, 256)
-    """px a side, of scaling"""
-    megapixels: tuple[float, ...] = (0.25, 1.0, 2.0, 4.0)
-    """photos, of scaling"""
-    plot: str = "cost.png"
-    """PNG that scaling draws"""
     data_root: str | None = None
     """images, of mining; without it, the embedded photographs"""
     images: int = 35
@@ -97,23 +85,18 @@ class Config:
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    least = dict.fromkeys(("group_size", "batch_size", "groups", "images", "repeats"), 1)
-    least |= dict(seed=0, crop=16, crops=16, megapixels=0.01)
-    runs.check_numbers(config, least=least, most=dict(crop=400, crops=400, seed=2**31 - 1))
+    counts = dict.fromkeys(("group_size", "batch_size", "images", "repeats"), "[1, inf)")
+    runs.check_ranges(config, **counts, crop="[16, 300]", seed="[0, 2147483647]")
     runs.check_multiple_of_8("--crop", config.crop)
-    runs.check_multiple_of_8("--crops", *config.crops)
     runs.check_multiple_of_8("--sizes", *config.sizes)
     runs.check_device(config.device)
-    if config.what in ("mining", "scaling") and config.dtype != "fp32":
-        raise runs.RunError(f"{config.what} is measured in fp32")
-    plot = Path(config.plot)
-    if config.what == "scaling" and (plot.suffix != ".png" or not plot.resolve().parent.is_dir()):
-        raise runs.RunError(f"--plot: {plot} must be a .png in a folder that exists")
+    if config.what == "mining" and config.dtype != "fp32":
+        raise runs.RunError("mining is measured in fp32")
 
 
-# ------------------------------------------------------------------------------------------ AdaIR,
-# written plainly What `model.py` does otherwise, the way the equations read: forward methods that
-# take the place of ours.
+# ------------------------------------------------------------------------- AdaIR, written plainly
+# What `model.py` does otherwise, the way the equations read: forward methods that take the place of
+# ours.
 
 
 def plain_layer_norm(self, x):
@@ -510,48 +493,9 @@ def bench_mining(config):
     print(f"  loop / ours {loop / ours:.2f}, plain loop / ours {plainly / ours:.2f}")
 
 
-def bench_scaling(config):
-    """Our step for growing groups and crops, and `restore` for growing photos: tables, a plot."""
-    model, plt = build(config), report.pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3))
-    rows = []
-    for crop in config.crops:
-        timed = [time_step(config, model, crop, group, lambda *_: []) for group in config.groups]
-        costs = [(run.medians()[0], run.peaks[0]) for run in timed]
-        rows.append([f"{crop} px", *(f"{t:.2f} s, {m:.0f} MiB" for t, m in costs)])
-        for axis, values in zip(axes, zip(*costs)):
-            axis.plot(config.groups, values, "o-", label=f"crop {crop}")
-    print(report.markdown(["step: crop", *(f"G = {g}" for g in config.groups)], rows), flush=True)
-
-    tiles, rows = {None: [], 512: []}, []
-    for megapixels in config.megapixels:
-        width = math.sqrt(megapixels * 1e6 * 1.5)
-        h, w = round(width / 1.5) // 8 * 8, round(width) // 8 * 8
-        for tile, costs in tiles.items():
-            run = partial(restore, model, torch.rand(3, h, w), tile)
-            taken = seconds([run], config.repeats, config.device)[0]
-            costs.append((taken, memory_of(run, config.device)))
-        costs = [costs[-1] for costs in tiles.values()]
-        rows.append([f"{w}×{h}", *(f"{t:.1f} s, {m:.0f} MiB" for t, m in costs)])
-    print(report.markdown(["photo", "whole", "in tiles of 512 px"], rows))
-    for tile, costs in tiles.items():
-        for axis, values in zip(axes[2:], zip(*costs)):
-            axis.plot(
-                config.megapixels, values, "o-", label=f"tiles of {tile} px" if tile else "whole"
-            )
-    names = ["seconds per step", "MiB of tensors per step", "seconds per photo", "MiB per photo"]
-    for i, (axis, name) in enumerate(zip(axes, names)):
-        axis.set(title=name, xlabel="megapixels" if i > 1 else "G", ylim=(0, None))
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(config.plot, dpi=110)
-    print(f"the plot is {config.plot}")
-
-
 def run_program(argv):
     """The program with these flags."""
-    options = (tyro.conf.FlagCreatePairsOff,)
-    config = tyro.cli(Config, args=argv, prog="bench.py", description=__doc__, config=options)
+    config = runs.flags(Config, "bench.py", __doc__, argv)
     check(config)
     gpu = runs.on_gpu(config.device)
     threads = f"{torch.get_num_threads()} CPU threads"

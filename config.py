@@ -173,9 +173,9 @@ class Config:
 def parse(argv):
     """The Config that flags ask for: over the preset, or over that of the run that goes on. Raises
     RunError for flags that cannot work."""
-    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    about = "GRPO post-training of an image restorer, on its hard samples."
-    flags = partial(tyro.cli, Config, prog="train.py", description=about, args=argv, config=options)
+    flags = partial(
+        runs.flags, Config, "train.py", "GRPO post-training of an image restorer.", argv
+    )
     config = flags()
     if config.resume:
         stored = load_config(config.resume)
@@ -250,16 +250,22 @@ def resumed(config, stored):
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    training, policy, expert = config.training, config.policy, config.expert
-    runs.check_numbers(config, least=dict(seed=0), most=dict(seed=2**31 - 1))
-    least = dict(crop=8, workers=0)
-    runs.check_numbers(config.samples, dict(hard_ratio=0), least, dict(hard_ratio=1, workers=256))
-    least = dict(steps=0, epochs=0, lr=0, head_lr_factor=0, keep_every=0)
-    least |= dict(batch_size=1, eval_every=1, save_every=1)
-    runs.check_numbers(training, above=dict(max_minutes=0), least=least)
-    least = dict(group_size=1, clip=0, kl_beta=0, entropy_tau=0, inner_epochs=1)
-    runs.check_numbers(policy, dict(concentration=2), least, dict(concentration=3000))
-    runs.check_numbers(expert, dict(judge_timeout=0), dict(judge_patience=1))
+    training, expert = config.training, config.expert
+    runs.check_ranges(config, seed="[0, 2147483647]")
+    runs.check_ranges(config.samples, hard_ratio="(0, 1]", workers="[0, 256]")
+    runs.check_ranges(
+        training,
+        **dict.fromkeys(("steps", "epochs", "lr", "head_lr_factor", "keep_every"), "[0, inf)"),
+        **dict.fromkeys(("batch_size", "eval_every", "save_every"), "[1, inf)"),
+        max_minutes="(0, inf)",
+    )
+    runs.check_ranges(
+        config.policy,
+        **dict.fromkeys(("group_size", "inner_epochs"), "[1, inf)"),
+        **dict.fromkeys(("clip", "kl_beta", "entropy_tau"), "[0, inf)"),
+        concentration="(2, 3000]",
+    )
+    runs.check_ranges(expert, judge_timeout="(0, inf)", judge_patience="[1, inf)")
     runs.check_multiple_of_8("--crop", config.samples.crop)
     runs.check_device(config.device)
     for path in config.samples.scores:

@@ -214,7 +214,7 @@ def csv_files(results):
 
 def benchmark(config):
     """Evaluates a checkpoint on every test set and writes the tables."""
-    runs.check_numbers(config, least=dict(limit=0, tile=0))
+    runs.check_ranges(config, limit="[0, inf)", tile="[0, inf)")
     runs.check_tile(config.tile)
     runs.check_device(config.device)
     device, ckpt = runs.join(config.device), Path(config.ckpt)
@@ -274,7 +274,7 @@ def target_files(photos, base, out, overwrite):
 
 def restore_photos(config):
     """Restores photos; names those that cannot be read, at the end, as an error."""
-    runs.check_numbers(config, least=dict(tile=0))
+    runs.check_ranges(config, tile="[0, inf)")
     runs.check_tile(config.tile)
     runs.check_device(config.device)
     restorer, _ = load(config.ckpt, config.device)
@@ -313,12 +313,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     photos = argv[:1] == ["restore"]
     what, function = (Restore, restore_photos) if photos else (Benchmark, benchmark)
-    options = (tyro.conf.FlagCreatePairsOff,)
     name = "eval.py restore" if photos else "eval.py"
 
     def run_program():
-        flags = argv[1:] if photos else argv
-        function(tyro.cli(what, args=flags, prog=name, description=__doc__, config=options))
+        function(runs.flags(what, name, __doc__, argv[1:] if photos else argv))
 
     return runs.program("eval.py", run_program, ERRORS)
 

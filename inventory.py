@@ -13,8 +13,6 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
-
 import report
 import runs
 from data import (
@@ -151,8 +149,7 @@ def inventory(root, tasks=(), crop=128, decode=True):
 
 def run_program(argv):
     """The program with these flags; returns the exit code."""
-    options = (tyro.conf.FlagCreatePairsOff,)
-    config = tyro.cli(Config, args=argv, prog="inventory.py", description=__doc__, config=options)
+    config = runs.flags(Config, "inventory.py", __doc__, argv)
     runs.check_multiple_of_8("--crop", config.crop)
     if not os.path.isdir(config.data_root):
         raise DataError(f"there is no folder {config.data_root}")

@@ -1,8 +1,7 @@
 """The expert reward's judge (Appendix B.2): Qwen2.5-VL looks at three images and gives a score of 1
 to 5.
 
-    python judge.py --model Qwen/Qwen2.5-VL-7B-Instruct --device cuda:0 < requests.jsonl >
-    scores.jsonl
+    python judge.py --model Qwen/Qwen2.5-VL-7B-Instruct < requests.jsonl > scores.jsonl
 
 A request is one line of JSON, an image a path or a data URL (data:image/png;base64,…); its reply is
 one line, too:
@@ -39,7 +38,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from PIL import Image
 
 import runs
@@ -129,8 +127,9 @@ class Config:
 
 def check(config):
     """Raises RunError for a flag that cannot work."""
-    least = dict(batch_size=1, min_pixels=784, max_pixels=784, max_new_tokens=1)
-    runs.check_numbers(config, above=dict(timeout=0), least=least)
+    pixels = dict(min_pixels="[784, inf)", max_pixels="[784, inf)")
+    ones = dict(batch_size="[1, inf)", max_new_tokens="[1, inf)")
+    runs.check_ranges(config, timeout="(0, inf)", **pixels, **ones)
     runs.check_file("--prompt", config.prompt)
     runs.check_device(config.device)
     if config.min_pixels > config.max_pixels:
@@ -647,7 +646,7 @@ def score_all(config):
 
 
 def main(argv=None):
-    config = tyro.cli(Config, args=argv, prog="judge.py", config=(tyro.conf.FlagCreatePairsOff,))
+    config = runs.flags(Config, "judge.py", __doc__, argv)
     return runs.program("judge.py", lambda: score_all(config), (JudgeError, DataError))
 
 

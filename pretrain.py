@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 import report
 import runs
@@ -82,10 +81,11 @@ class Config:
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    least = dict(blocks=1, refinement=1, batch_size=1, steps=1, lr=0, ema=0, save_every=1)
-    least |= dict(workers=0, seed=0, rate=0.001)
-    most = dict(ema=1, rate=0.999, workers=256)
-    runs.check_numbers(config, dict(max_minutes=0), least, most)
+    counts = dict.fromkeys(
+        ("blocks", "refinement", "batch_size", "steps", "save_every"), "[1, inf)"
+    )
+    runs.check_ranges(config, **counts, lr="[0, inf)", ema="[0, 1]", rate="(0, 1)", seed="[0, inf)")
+    runs.check_ranges(config, workers="[0, 256]", max_minutes="(0, inf)")
     runs.check_multiple_of_8("--crop", *config.crop)
     runs.check_multiple_of_8("--dim", *([config.dim] if config.dim else []))
     runs.check_device(config.device)
@@ -229,8 +229,7 @@ def tell_apart(sample, *images):
 
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
-    options = (tyro.conf.FlagCreatePairsOff,)
-    config = tyro.cli(Config, args=argv, prog="pretrain.py", description=__doc__, config=options)
+    config = runs.flags(Config, "pretrain.py", __doc__, argv)
     check(config)
     config.device = runs.join(config.device)
     with runs.Stop(config.max_minutes) as stop:

@@ -214,8 +214,7 @@ def r_task(y, gt, task):
     return TASK_REWARDS[TASKS[task].reward](y, gt)
 
 
-# ------------------------------------------------------------------------------- networks behind
-# terms
+# ---------------------------------------------------------------------------- networks behind terms
 
 
 def default_weights_dir():
@@ -310,8 +309,7 @@ def load_net(name, path):
         raise RewardError(f"{path} does not hold the weights of {name} ({reason})") from None
 
 
-# ------------------------------------------------------------------------------------ the table of
-# terms
+# ------------------------------------------------------------------------------- the table of terms
 
 
 class Scene:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -62,24 +63,20 @@ def program(name, function, errors=()):
     return 2
 
 
-def check_numbers(config, above=(), least=(), most=()):
-    """Raises RunError unless the numbers of a configuration (or one of its groups) are finite and
-    inside their bounds, {field: bound}: above it, at least it, at most it."""
+def check_ranges(config, **ranges):
+    """Raises RunError unless the numbers of a configuration are finite and in their ranges, written
+    as intervals: hard_ratio="(0, 1]"."""
     for field, value in vars(config).items():
-        values = value if isinstance(value, tuple | list) else [value]
-        for number in values:
-            if not isinstance(number, int | float):
-                continue
-            low = [f"above {above[field]}"] if field in above else []
-            low += [f"at least {least[field]}"] if field in least else []
-            high = [f"at most {most[field]}"] if field in most else []
-            fine = math.isfinite(number)
-            fine = fine and number > dict(above).get(field, -math.inf)
-            fine = fine and number >= dict(least).get(field, -math.inf)
-            fine = fine and number <= dict(most).get(field, math.inf)
-            if not fine:
-                wanted = " and ".join(low + high) or "a finite number"
-                raise RunError(f"--{field.replace('_', '-')} is {number}; it must be {wanted}")
+        interval = ranges.get(field, "(-inf, inf)")
+        low, high = map(float, interval[1:-1].split(","))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                at_end = (number == low and interval[0] == "[") or (
+                    number == high and interval[-1] == "]"
+                )
+                if not (low < number < high or at_end):
+                    flag = f"--{field.replace('_', '-')}"
+                    raise RunError(f"{flag} is {number:g}; it must be in {interval}")
 
 
 def check_multiple_of_8(flag, *values):
@@ -110,6 +107,14 @@ def check_device(device):
         reason = str(error).split("\n")[0][:100]
         hint = f"is no device of this machine that can be used ({reason}); cpu always is"
         raise RunError(f"--device {device!r} {hint}") from None
+
+
+def flags(config, name, about, argv, default=None):
+    """The dataclass `config` filled from a program's flags; `default` in its place. A wrong flag
+    ends the program, exit code 2."""
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    given = dict(default=default) if default else {}
+    return tyro.cli(config, prog=name, description=about, args=argv, config=options, **given)
 
 
 def default_device():

@@ -279,8 +279,7 @@ def describe(batch, scores, terms, best, mean, judge):
     return metrics | (judge.metrics if judge else {})
 
 
-# --------------------------------------------------------------------------------- around the
-# method
+# -------------------------------------------------------------------------------- around the method
 
 
 def train(config, stop, judge=None):

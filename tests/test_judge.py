@@ -187,8 +187,7 @@ def test_the_prompt_asks_what_the_paper_asks(tmp_path):
         judges.prompt_parts(tmp_path / "prompt.txt", "logits")
 
 
-# ---------------------------------------------------------------------------------------------- the
-# model, as it is loaded
+# ----------------------------------------------------------------------- the model, as it is loaded
 
 
 def test_padding_and_batches_change_no_score(seeing):
@@ -321,8 +320,7 @@ def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------------------------------------- the
-# program by itself
+# ---------------------------------------------------------------------------- the program by itself
 
 
 def run_judge(requests, *flags):
@@ -414,8 +412,7 @@ def test_what_is_no_image_is_an_error_of_its_line(image):
     assert reply == dict(id="a", score=None, error=f"line 2: {words}")
 
 
-# ------------------------------------------------------------------------------------ the trainer's
-# side, with real processes
+# ---------------------------------------------------------- the trainer's side, with real processes
 
 
 def command(*flags):
