@@ -352,7 +352,7 @@ class Term(NamedTuple):
 
     value: Callable  # Scene -> (B·G,) in [0, 1]
     part: str  # of PARTS
-    weight: float  # as published, inside its part
+    weight: float  # inside its part: as published, or what a new term is worth
     nets: tuple = ()  # of NETS, that it needs
     side: int = 1  # px a side below which it cannot be computed
 
@@ -370,7 +370,8 @@ TERMS = {
     "qwen": Term(lambda s: r_qwen(s.scores().flatten()), "qwen", 1.0),
 }
 PUBLISHED = {**{name: term.weight for name, term in TERMS.items()}, **PARTS}
-PRESETS = {"default": ("psnr", "ssim", "task"), "paper": tuple(TERMS)}
+PAPER = ("clip", "lpips", "aes", "psnr", "ssim", "task", "qwen")
+PRESETS = {"default": ("psnr", "ssim", "task"), "paper": PAPER}
 
 
 def parse_terms(text, judge=False):
@@ -433,7 +434,7 @@ def smallest_side(weights):
 
 def describe_terms(weights, judge=None):
     """The table of terms a run prints and stores: one dict per term; judge: what to call it."""
-    effective, paper = effective_weights(weights), effective_weights(PUBLISHED)
+    effective, paper = effective_weights(weights), effective_weights(parse_terms("paper", True))
     rows = []
     for name, term in TERMS.items():
         needs = ["--judge"] if name == "qwen" else [NETS[net].file for net in term.nets]

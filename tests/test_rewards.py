@@ -201,43 +201,27 @@ def test_low_light_reaches_at_most_0_3():
 # ------------------------------------------------------------------------------------ configuration
 
 
+def effective(text, judge=False):
+    """The weights of the terms that are on."""
+    weights = rewards.effective_weights(rewards.parse_terms(text, judge))
+    return {name: weight for name, weight in weights.items() if weight}
+
+
 def test_the_published_weights():
-    effective = rewards.effective_weights(rewards.parse_terms("paper", judge=True))
-    paper = {
-        "clip": 0.15,
-        "lpips": 0.15,
-        "aes": 0.09,
-        "psnr": 0.12,
-        "ssim": 0.09,
-        "qwen": 0.1,
-        "task": 0.3,
-    }
-    assert effective == pytest.approx(paper)
+    paper = dict(clip=0.15, lpips=0.15, aes=0.09, psnr=0.12, ssim=0.09, qwen=0.1, task=0.3)
+    assert effective("paper", judge=True) == pytest.approx(paper)
 
 
 def test_the_default_renormalises_over_what_needs_no_download():
-    effective = rewards.effective_weights(rewards.parse_terms("default"))
     general = 0.6 / 0.9
-    expected = {
-        "psnr": general * 0.2 / 0.35,
-        "ssim": general * 0.15 / 0.35,
-        "task": 0.3 / 0.9,
-        "clip": 0,
-        "lpips": 0,
-        "aes": 0,
-        "qwen": 0,
-    }
-    assert effective == pytest.approx(expected)
+    expected = dict(psnr=general * 0.2 / 0.35, ssim=general * 0.15 / 0.35, task=0.3 / 0.9)
+    assert effective("default") == pytest.approx(expected)
 
 
 def test_own_weights():
-    effective = rewards.effective_weights(rewards.parse_terms("psnr=1,ssim=3,gen=0.8,task=0.2"))
-    assert (
-        effective["psnr"] == pytest.approx(0.2)
-        and effective["ssim"] == pytest.approx(0.6)
-        and effective["task"] == pytest.approx(0.2)
-    )
-    assert rewards.effective_weights(rewards.parse_terms("task"))["task"] == 1
+    own = effective("psnr=1,ssim=3,gen=0.8,task=0.2")
+    assert own == pytest.approx(dict(psnr=0.2, ssim=0.6, task=0.2))
+    assert effective("task") == {"task": 1}
 
 
 @pytest.mark.parametrize(
@@ -400,7 +384,7 @@ def test_the_loaders_on_the_real_classes(weights_dir, pair):
     reward.nets = {"clip": clip_net, "lpips": lpips_net, "aes": head}
     y, gt = pair
     r, terms = reward(torch.stack((y, y), dim=1), gt, gt, ["deblur", "derain"])
-    assert set(terms) == set(rewards.TERMS) - {"qwen"} and r.shape == (2, 2)
+    assert set(terms) == set(rewards.PAPER) - {"qwen"} and r.shape == (2, 2)
     weights = rewards.effective_weights(reward.weights)
     assert torch.allclose(r, sum(weights[k] * v for k, v in terms.items()))
     assert torch.allclose(r[:, 0], r[:, 1], atol=1e-5)
