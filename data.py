@@ -53,15 +53,16 @@ class Task(NamedTuple):
 
     degrade: Callable  # (gt, rng) -> degraded: the task synthesised on a clean photograph
     reward: str  # its row of rewards.TASK_REWARDS, Eq. 21
-    title: str  # above its column in the layout of Table 2; "" if it has none there
-    column: int  # its place among them
     train: Pairs | str  # under Train/: pairs, or a folder of clean images
-    test: Pairs | str  # under test/KIND/SET, or, of clean images, test/KIND
+    test: Pairs | str  # under test/KIND/SET: pairs; or, under test/KIND, folders of clean images
     kind: str  # the name of its folder under test/
-    repeats: int  # how often AdaIR's training list repeats an image
-    trained_on: tuple  # the paper's training set (Sec. 4.1) and its images or pairs
-    tested_on: dict  # the paper's test sets and their images or pairs
-    foreign: str  # the paper's set out of domain, whose number it does not state
+    title: str = ""  # above its column in the layout of Table 2; "" if it has none there
+    column: int = 0  # its place among them
+    repeats: int = 1  # how often AdaIR's training list repeats an image
+    # What the paper trains and tests on (Sec. 4.1), with numbers of images or pairs:
+    trained_on: tuple = ()  # (name, number)
+    tested_on: dict = {}  # {name: number}
+    foreign: str = ""  # the set out of domain, whose number it does not state
     family: str = ""  # another name for the task, shared with its kin, in --tasks
     variant: str = ""  # what tells it from its kin, behind the name of a test set
 
@@ -78,7 +79,7 @@ def _denoising(sigma, title=""):
         title=title,
         column=3,
         train="Denoise",
-        test="denoise",
+        test="*",
         kind="denoise",
         repeats=3,
         trained_on=("BSD400 + WED", 5144),
@@ -396,7 +397,7 @@ def find_adair_test(root):
     root, sets = Path(root), {}
     paired = {t.kind: name for name, t in TASKS.items() if isinstance(t.test, Pairs)}
     for name, task in TASKS.items():
-        clean = [] if isinstance(task.test, Pairs) else (root / "test" / task.test).glob("*")
+        clean = [] if isinstance(task.test, Pairs) else (root / "test" / task.kind).glob(task.test)
         for folder in sorted(path for path in clean if path.is_dir()):
             samples = [Sample(name, os.path.relpath(p, root), p) for p in images_in(folder)]
             sets[f"{folder.name} {task.variant}"] = str(folder.relative_to(root)), samples, []

@@ -49,24 +49,31 @@ class Config:
 
 
 def published_sets():
-    """({folder: (tasks, title, number, files)} of the training sets, the same of the test sets):
-    what the paper trains and tests on; of the sets out of domain it states no numbers."""
+    """({folder: (tasks, title, number, files)} of the training sets, the same of the test sets).
+
+    What the paper trains and tests on, and the folders of tasks that are not the paper's: title ""
+    and number None. Of the sets out of domain it states no numbers.
+    """
     train, test = {}, {}
     for name, task in TASKS.items():
-        paired, pairs = isinstance(task.train, Pairs), task.train
-        folder = f"Train/{os.path.dirname(pairs.degraded) if paired else pairs}"
-        parts = [os.path.basename(p) for p in (pairs.degraded, pairs.clean)] if paired else []
-        files = ", ".join(f"{p}/{n}" for p, n in zip(parts, pairs.names)) if paired else "*"
+        source = task.train
+        if isinstance(source, Pairs):
+            folder = os.path.dirname(source.degraded)
+            parts = (os.path.basename(path) for path in (source.degraded, source.clean))
+            files = ", ".join(f"{part}/{n}" for part, n in zip(parts, source.names))
+        else:
+            folder, files = source, "*"
+        folder = f"Train/{folder}"
         tasks = [*train.get(folder, ([],))[0], name]
-        train[folder] = tasks, *task.trained_on, files
+        train[folder] = tasks, *(task.trained_on or ("", None)), files
 
-        paired, pairs = isinstance(task.test, Pairs), task.test
-        parts = zip(("input", "target"), pairs.names) if paired else []
-        files = ", ".join(f"{part}/{n}" for part, n in parts) or "*"
+        names = task.test.names if isinstance(task.test, Pairs) else ()
+        files = ", ".join(f"{part}/{n}" for part, n in zip(("input", "target"), names)) or "*"
         for title, number in task.tested_on.items():
             test[f"test/{task.kind}/{title}"] = tasks, title, number, files
-        files = "input/NAME, target/NAME"
-        test[task.foreign] = tasks, f"{task.foreign}, out of domain", None, files
+        if task.foreign:
+            title = f"{task.foreign}, out of domain"
+            test[task.foreign] = tasks, title, None, "input/NAME, target/NAME"
     return train, test
 
 
@@ -108,7 +115,7 @@ def inventory(root, tasks=(), crop=128, decode=True):
             if samples or found:
                 there.add(folder)
                 look_at(folder, samples, found, known, crop)
-            else:
+            elif known[1]:
                 missing.append(f"{folder}/{known[3]}: {known[1]}, {known[2]}")
     seen = set()
     for folder, samples, found in find_adair_test(root).values():

@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import find_photos
+from data import TASKS, find_photos
 from model import AdaIR
 
 
@@ -70,11 +70,11 @@ def cut_off(path, size=400):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def samples_of(folder, n=5):
-    """The samples of n photographs made there, all tasks."""
+def samples_of(folder, n=5, tasks=TASKS):
+    """The samples of n photographs made there."""
     for i in range(n):
         write(folder / f"{i}.png", seed=i)
-    return find_photos(folder)[0]
+    return find_photos(folder, tasks)[0]
 
 
 # ---------------------------------------------------------------------------------------- tiny runs

@@ -96,7 +96,8 @@ def test_writing_rounds(tmp_path):
 
 def test_adair_layout(adair_root):
     samples, problems = data.find_adair_train(adair_root)
-    assert not problems and len(samples) == 6 * 7
+    assert not problems and {s.task for s in samples} == {*data.TASKS}
+    assert all(sum(s.task == t for s in samples) == 6 for t in data.TASKS)
     haze = [s for s in samples if s.task == "dehaze"]
     assert haze[0].gt.endswith("000.png") and haze[0].degraded.endswith("part0/000_0.8_0.1.jpg")
     rain = next(s for s in samples if s.task == "derain")
@@ -148,7 +149,7 @@ def test_validation_is_apart_from_training(adair_root):
     assert (
         {s.task for s in val} == set(data.TASKS)
         and not set(train) & set(val)
-        and len(train) + len(val) == 42
+        and len(train) + len(val) == 6 * len(data.TASKS)
     )
     train, val, _ = data.list_training(None)
     assert {s.task for s in val} == set(data.TASKS) and not {s.gt for s in train} & {
@@ -187,7 +188,11 @@ def test_a_folder_of_photos(tmp_path):
     (tmp_path / "notes.txt").write_text("no photo")
     (tmp_path / "broken.png").write_bytes(b"no image")
     train, val, problems = data.list_training(tmp_path)
-    assert len(train) + len(val) == 11 * 7 and len(problems) == 1 and "broken.png" in problems[0]
+    assert (
+        len(train) + len(val) == 11 * len(data.TASKS)
+        and len(problems) == 1
+        and "broken.png" in problems[0]
+    )
     large = next(s for s in train + val if s.name == "large.png")
     assert data.load_pair(large)[1].shape == (3, 512, 512)
 
@@ -200,7 +205,7 @@ def test_what_cannot_be_used_is_named(adair_root, decode):
     write(adair_root / "Train/Enhance/gt/4.png", width=20, height=20)
     cut_off(adair_root / "Train/Derain/gt/norain-5.png")
     usable, problems = data.split_usable(data.find_adair_train(adair_root)[0], 32, decode)
-    assert len(usable) == 40 - decode and len(problems) == 2 + decode
+    assert len(usable) == 6 * len(data.TASKS) - 2 - decode and len(problems) == 2 + decode
     assert any("blur/2.png is 72×64 px but its clean image" in p for p in problems)
     assert any("gt/4.png is 20×20 px, smaller than the crop of 32" in p for p in problems)
     assert any("norain-5.png cannot be read" in p for p in problems) == decode
@@ -376,12 +381,10 @@ def test_crops_follow_from_seed_and_number(tmp_path):
 
 def test_an_epoch_visits_every_sample_once(tmp_path):
     samples = samples_of(tmp_path, 2)
-    crops = data.Crops(samples, 32, 0)
-    seen = [crops[n][2:4] for n in range(28)]
-    assert (
-        sorted(seen[:14]) == sorted(seen[14:]) == sorted((s.task, s.name) for s in samples)
-        and seen[:14] != seen[14:]
-    )
+    crops, n = data.Crops(samples, 32, 0), len(samples)
+    seen = [crops[i][2:4] for i in range(2 * n)]
+    everything = sorted((s.task, s.name) for s in samples)
+    assert sorted(seen[:n]) == sorted(seen[n:]) == everything and seen[:n] != seen[n:]
 
 
 def test_crop_and_truth_stay_aligned(tmp_path):
@@ -442,9 +445,11 @@ def test_crops_become_a_batch(tmp_path):
 
 
 def test_repeats_are_adairs():
-    samples = [data.Sample(t, "x", "x") for t in data.TASKS]
-    repeated = data.adair_repeats(samples)
-    assert [sum(s.task == t for s in repeated) for t in data.TASKS] == [3, 3, 3, 120, 1, 5, 20]
+    wanted = dict(
+        denoise15=3, denoise25=3, denoise50=3, derain=120, dehaze=1, deblur=5, lowlight=20
+    )
+    repeated = data.adair_repeats([data.Sample(task, "x", "x") for task in wanted])
+    assert {task: sum(s.task == task for s in repeated) for task in wanted} == wanted
 
 
 def test_a_word_may_name_a_family_of_tasks():

@@ -28,7 +28,7 @@ import pretrain
 import runs
 import train
 from config import DEMO_MODEL, parse
-from data import EMBEDDED_HELD_OUT, Crops, Sample, list_embedded, list_training, load_pair
+from data import EMBEDDED_HELD_OUT, TASKS, Crops, Sample, list_embedded, list_training, load_pair
 from grpo import rollout
 from metrics import evaluate, psnr
 from model import load_adair, read_checkpoint, restore
@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_a_run_folder_has(small, init, photos, tmp_path,
     stored = {r["term"]: r for r in json.loads((run / "rewards.json").read_text())}
     assert stored["psnr"]["weight"] == pytest.approx(0.381) and stored["lpips"]["weight"] == 0
     hard = json.loads((run / "hard.json").read_text())["rows"]
-    assert sum(r.get("selected", False) for r in hard) == 7  # one of 4 images for each of 7 tasks
+    assert sum(r.get("selected", False) for r in hard) == len(TASKS)  # of 4 images, for each task
 
     # "before" is the pre-trained model scored by hand, "after" the stored one
     report = json.loads((run / "report.json").read_text())
@@ -102,8 +102,10 @@ def test_epochs_win_over_the_presets_steps_and_fill_the_last_step(small, tmp_pat
     flags = small("run", "--epochs", 1, "--batch-size", 2)
     at = flags.index("--steps")
     train.main(flags[:at] + flags[at + 2 :])
-    assert len(logged(tmp_path / "run")) == 4  # of 7 images, and one of the next epoch
-    assert read_checkpoint(tmp_path / "run/last.pt")["seen"] == 8
+    assert len(logged(tmp_path / "run")) == -(
+        -len(TASKS) // 2
+    )  # of one image a task, filled up from the next epoch
+    assert read_checkpoint(tmp_path / "run/last.pt")["seen"] == 2 * -(-len(TASKS) // 2)
 
 
 def test_a_resumed_run_refuses_other_images(small, photos, tmp_path, capsys):
