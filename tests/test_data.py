@@ -11,7 +11,6 @@ import degradations
 import report
 from metrics import psnr
 
-
 LAYOUT = "denoise15 denoise25 denoise50 derain dehaze deblur lowlight".split()
 
 
