@@ -664,5 +664,5 @@ def adair_repeats(samples):
 
 
 if __name__ == "__main__":
-    print("data.py: what a data folder holds is told by python inventory.py", file=sys.stderr)
+    print("data.py: python inventory.py says what a data folder holds", file=sys.stderr)
     sys.exit(2)

@@ -145,8 +145,8 @@ def evaluate_set(name, samples, restorers, tile=None, lpips=None, folder=None):
                 figure.extend([("truth", gt)] if method == [*restorers][-1] else [])
             return {"lpips": lpips(restored, gt)} if lpips else {}
 
-        spread = partial(runs.spread, desc=f"{name}, {method}")
-        return evaluate(partial(restorer, tile=tile), samples, also, spread)
+        mapper = partial(runs.parallel_map, desc=f"{name}, {method}")
+        return evaluate(partial(restorer, tile=tile), samples, also, mapper)
 
     return {method: measure(method, restorer) for method, restorer in restorers.items()}, figure
 

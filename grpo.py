@@ -43,7 +43,7 @@ def best_of_group(rewards):
     return rewards.argmax(dim=-1)
 
 
-def take(group, index):
+def pick(group, index):
     """Of (B, G, …) the member index[b] of each group b: (B, …)."""
     return group[torch.arange(len(index), device=group.device), index]
 

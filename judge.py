@@ -59,7 +59,7 @@ Blur: how sharp edges are again. Low light: exposure and faithful colours.
    2: a little better, but with serious problems
    3: clearly better, with visible gaps
    4: well restored, with only small flaws
-   5: nearly perfect, not to be told from the ground truth
+   5: nearly perfect, hard to distinguish from the ground truth
 <format>
 
 Ground truth (the clean reference):

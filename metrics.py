@@ -52,12 +52,12 @@ def evaluate_image(restore, also, sample):
     return row | (also(sample, degraded, restored, gt) if also else {})
 
 
-def evaluate(restore, samples, also=None, spread=map):
+def evaluate(restore, samples, also=None, mapper=map):
     """AdaIR's protocol over `samples`: a row {task, name, psnr_in, psnr, ssim} for each.
 
     restore: (3, H, W) -> (3, H, W) on the CPU. Noise is seeded per image.
     also(sample, degraded, restored, gt): a dict of what else the row should hold, or an empty one.
-    spread(function, samples): maps one over the other; `runs.spread` shares it between processes.
+    mapper(function, samples): as map; `runs.parallel_map` divides the work between the processes.
     Raises DataError for an image that cannot be used: an evaluation leaves nothing out.
     """
-    return list(spread(partial(evaluate_image, restore, also), samples))
+    return list(mapper(partial(evaluate_image, restore, also), samples))

@@ -10,7 +10,7 @@ import torch
 
 from data import DataError, image_size, load_pair
 from metrics import psnr
-from runs import RunError, load_json, save_json, spread
+from runs import RunError, load_json, parallel_map, save_json
 
 BATCH_PIXELS = 1 << 20  # on a GPU, images of one size are restored together, up to so many pixels
 WITNESSES = 3  # so many of the hard files tell a resumed run whether its images have changed
@@ -107,7 +107,7 @@ def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
     batches = [
         [wanted[k] for k in part] for part in in_batches([samples[i] for i in wanted], pixels)
     ]
-    scored = spread(
+    scored = parallel_map(
         lambda batch: score(restore, [samples[i] for i in batch], min_side), batches, "mining", stop
     )
     for batch, found in zip(batches, scored):

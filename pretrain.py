@@ -215,8 +215,8 @@ def pretrain(config, stop):
         model = averaged.module.eval()
         weights = dict(model=model.state_dict(), config=net.config)
         runs.save_checkpoint(folder / "model.pt", weights)
-        spread = partial(runs.spread, desc="validate", stop=stop)
-        rows = evaluate(partial(restore, model), val, also=tell_apart, spread=spread)
+        mapper = partial(runs.parallel_map, desc="validate", stop=stop)
+        rows = evaluate(partial(restore, model), val, also=tell_apart, mapper=mapper)
     for kind, name in ((True, "pairs of files"), (False, "synthesised")):
         part = [row for row in rows if row["paired"] == kind]
         runs.say(f"\nvalidation, {name}\n{report.gain_table(part)}" if part else "")

@@ -88,11 +88,11 @@ def gain_table(rows):
 # What tells whether a run works: metrics, each with a title and how its curves are labelled.
 CURVES = [
     ({"reward": ""}, "mean reward of the rollouts"),
-    ({"reward_std": ""}, "spread of rewards in a group"),
+    ({"reward_std": ""}, "standard deviation of rewards in a group"),
     ({"gain_det": "deterministic", "gain_best": "best rollout"}, "crops: output − input (dB)"),
     ({"kl": ""}, "KL to the starting policy (nats)"),
     ({"entropy": ""}, "entropy of the policy (nats)"),
-    ({"frac_reward_zero_std": ""}, "groups without spread"),
+    ({"frac_reward_zero_std": ""}, "groups of equal rewards"),
     ({"loss/total": ""}, "loss, Eq. 7"),
     ({"grad_norm": ""}, "gradient norm"),
     (

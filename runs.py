@@ -30,7 +30,7 @@ class RunError(ValueError):
     """A run cannot start or go on; the text says why and what to do, in one sentence."""
 
 
-class LostError(RunError):
+class ProcessError(RunError):
     """Another process of the run has ended, or hangs."""
 
 
@@ -182,7 +182,7 @@ def say(text):
 
 @contextlib.contextmanager
 def collective():
-    """Around what all processes do together: raises LostError if one of them does not."""
+    """Around what all processes do everything: raises ProcessError if one of them does not."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -190,7 +190,9 @@ def collective():
     except RuntimeError as error:  # gloo has no class of its own
         reason = str(error).split("\n")[0].split(". ")[0][-200:]
         hint = "its own message, if it had one, says why"
-        raise LostError(f"another process of this run ended or hangs ({reason}); {hint}") from None
+        raise ProcessError(
+            f"another process of this run ended or hangs ({reason}); {hint}"
+        ) from None
 
 
 def gather(value):
@@ -217,22 +219,22 @@ def same_everywhere(what, value):
             raise RunError(f"process {i} has another {what} than process {rank()}: {hint}")
 
 
-def spread(function, items, desc, stop=None):
-    """[function(item) for item in items] in every process, each of which did its share.
+def parallel_map(function, items, desc, stop=None):
+    """[function(item) for item in items] in every process, each of which does a part of them.
 
     Item i is done by process i modulo their number. The results must be what JSON can hold.
     desc: what to call the progress bar. stop: a `Stop`, looked at before each item.
     """
     results = []
-    share = items[rank() :: processes()]
-    for item in tqdm(share, desc=desc, leave=False, disable=rank() > 0):
+    mine = items[rank() :: processes()]
+    for item in tqdm(mine, desc=desc, leave=False, disable=rank() > 0):
         if stop:
             stop.check()
         results.append(function(item))
-    together = [None] * len(items)
+    everything = [None] * len(items)
     for i, part in enumerate(gather(results)):
-        together[i :: processes()] = part
-    return together
+        everything[i :: processes()] = part
+    return everything
 
 
 def average_gradients(parameters, loss):
@@ -257,7 +259,8 @@ ADDED = ("judge/failures", "judge/starts")
 
 
 def merge(metrics):
-    """One {name: number} of those of all processes; a name that some lack is taken of the rest."""
+    """One {name: number} of those of all processes; a name that some lack is averaged over the
+    rest."""
     merged = {}
     for name in dict.fromkeys(name for each in metrics for name in each):
         values = [each[name] for each in metrics if name in each]
@@ -354,7 +357,7 @@ class Run:
         reason, step = self.stop.reason, f"after step {self.state.step}"
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {step}") from None
-        if isinstance(error, LostError) and reason:  # asked to end, as the other one was
+        if isinstance(error, ProcessError) and reason:  # asked to end, as the other one was
             gone = "another process of this run had ended before"
             raise Stopped(f"{reason}, {step}; {gone}") from None
         if isinstance(error, self.failures):

@@ -137,7 +137,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         advantages = grpo.group_advantages(scores)  # (B, G)
 
         # Eq. 1, 2: the best rollout and the mean action again, with graph, train the backbone
-        best_actions = grpo.take(group.actions, grpo.best_of_group(scores))
+        best_actions = grpo.pick(group.actions, grpo.best_of_group(scores))
         with half_precision(config):
             best, mean = grpo.decode_best_and_mean(model, policy, encoding, best_actions)
         loss_sup, loss_cons = grpo.supervised_losses(best, mean, batch.gt)
@@ -241,7 +241,7 @@ def validate_when_due(config, run, val):
 
 def validate(run, restoring, val, desc, also=None):
     """AdaIR's protocol over `val`, shared by the processes."""
-    return evaluate(restoring, val, also, partial(runs.spread, desc=desc, stop=run.stop))
+    return evaluate(restoring, val, also, partial(runs.parallel_map, desc=desc, stop=run.stop))
 
 
 def keep_best(run, rows):
@@ -260,11 +260,11 @@ def batch_psnr(restored, gt):
 
 def describe(batch, scores, terms, best, mean, judge):
     """What the log says of a group's rewards and outputs: {name: scalar}."""
-    spread = scores.std(dim=1, correction=0)  # (B,)
+    deviation = scores.std(dim=1, correction=0)  # (B,)
     metrics = {
         "reward": scores.mean(),
-        "reward_std": spread.mean(),
-        "frac_reward_zero_std": (spread < 1e-7).float().mean(),
+        "reward_std": deviation.mean(),
+        "frac_reward_zero_std": (deviation < 1e-7).float().mean(),
         "psnr_in": batch_psnr(batch.degraded, batch.gt),
         "psnr_best": batch_psnr(best, batch.gt),
         "psnr_det": batch_psnr(mean, batch.gt),

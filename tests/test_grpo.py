@@ -140,7 +140,7 @@ def test_best_of_group_and_taking_it():
     best = grpo.best_of_group(r)
     assert best.tolist() == [1, 0]
     group = torch.arange(6).view(2, 3)[..., None] * torch.ones(2)
-    assert grpo.take(group, best)[:, 0].tolist() == [1, 3]
+    assert grpo.pick(group, best)[:, 0].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
