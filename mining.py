@@ -16,14 +16,6 @@ BATCH_PIXELS = 1 << 20  # on a GPU, images of one size are restored together, up
 WITNESSES = 3  # so many of the hard files tell a resumed run whether its images have changed
 
 
-def model_digest(model):
-    """Hash of what a model computes: its configuration, its tensors' names and values."""
-    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def stamp_of(sample):
     """What tells whether a sample's files are those of an earlier run: (bytes, time) of each."""
     files = [os.stat(path) for path in (sample.gt, sample.degraded) if path]

@@ -10,6 +10,7 @@ decides, or how.
 Parameter names are those of the official checkpoints, so those load as they are (`load_adair`).
 """
 
+import hashlib
 import math
 import pickle
 import re
@@ -512,3 +513,26 @@ def load_adair(path, checkpoint=None):
         words = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not an AdaIR ({words:.600})") from None
     return model.float().eval()
+
+
+def load_pretrained(path, wanted_rule):
+    """The AdaIR to start from, under the mask rule it was trained with. Raises CheckpointError for
+    one that is post-trained, since its policy would be lost, and for one trained under "fraction"
+    when the original's rule is wanted."""
+    checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint, dict) and "policy" in checkpoint:
+        hint = "its policy would be lost: --init wants a pre-trained model"
+        raise CheckpointError(f"{path} is post-trained, and {hint}")
+    model = load_adair(path, checkpoint=checkpoint)
+    if model.config["mask_rule"] == "fraction" != wanted_rule:
+        hint = f"--mask-rule {wanted_rule} would change what it computes"
+        raise CheckpointError(f"{path} was trained under mask rule fraction: {hint}")
+    return model
+
+
+def model_digest(model):
+    """Hash of what a model computes: its configuration, its tensors' names and values."""
+    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

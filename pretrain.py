@@ -20,9 +20,15 @@ import report
 import runs
 from data import TASKS, Crops, DataError, list_training, names_digest, split_usable
 from metrics import evaluate
-from mining import model_digest
-from model import EMPTY_RATE, AdaIR, CheckpointError, read_checkpoint, restore
-from train import load_pretrained, report_skipped
+from model import (
+    EMPTY_RATE,
+    AdaIR,
+    CheckpointError,
+    load_pretrained,
+    model_digest,
+    read_checkpoint,
+    restore,
+)
 
 NEW_MODEL = dict(dim=48, blocks=(4, 6, 6, 8), refinement=4, rate=0.25)  # Table 6
 WARM_UP = 200  # steps
@@ -154,7 +160,7 @@ def find_samples(config):
     runs.same_everywhere("list of images", names_digest(train + val))
     train, broken = split_usable(train, max(config.crop))
     val, more = split_usable(val, 16)
-    report_skipped(problems + broken + more)
+    runs.say_skipped(problems + broken + more)
     missing = [task for task in config.cycle if task not in {s.task for s in train}]
     if missing:
         hint = "give --photos, or leave it out of --cycle"

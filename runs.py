@@ -180,6 +180,16 @@ def say(text):
         tqdm.write(text)
 
 
+def say_skipped(problems, shown=20):
+    """Names what is left out of training, the first ones in full, and counts it."""
+    problems = list(dict.fromkeys(problems))
+    for problem in problems[:shown]:
+        say(f"skipped: {problem}")
+    if problems:
+        more = f"; {len(problems) - shown} more are not shown" if len(problems) > shown else ""
+        say(f"{len(problems)} image(s) or pair(s) skipped in training{more}")
+
+
 @contextlib.contextmanager
 def collective():
     """Around what all processes do everything: raises ProcessError if one of them does not."""

@@ -37,7 +37,7 @@ from data import (
 )
 from judge import Judge, JudgeError, is_url
 from metrics import evaluate, evaluation_pair, psnr
-from model import CheckpointError, load_adair, read_checkpoint, restore
+from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
 from policy import PolicyError, load_policy, policy_for, policy_state
 
 JUDGE = Path(__file__).with_name("judge.py")
@@ -188,7 +188,7 @@ def fine_tune(config, run, pretrained, samples, val, checkpoint=None):
 
 def hard_samples(config, run, pretrained, samples):
     """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
-    digest, path = mining.model_digest(pretrained), run.folder / "hard.json"
+    digest, path = model_digest(pretrained), run.folder / "hard.json"
     if path.exists():
         hard = mining.load_hard(path, digest, samples)
     else:
@@ -197,7 +197,7 @@ def hard_samples(config, run, pretrained, samples):
         rows, problems = mining.mine(
             partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
         )
-        report_skipped(problems)
+        runs.say_skipped(problems)
         if not rows:
             where = config.samples.data_root or "the embedded photographs"
             crops = f"can be used with crops of {config.samples.crop} px"
@@ -296,7 +296,7 @@ def train(config, stop, judge=None):
     reward = None if config.objective == "sft" else make_reward(config, judge)
     samples, val = usable_samples(config.samples)
     step = checkpoint["step"] if checkpoint else None
-    runs.same_everywhere("model or checkpoint", [mining.model_digest(pretrained), step])
+    runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
 
     folder.mkdir(parents=True, exist_ok=True)
     if judge:
@@ -317,26 +317,11 @@ def train(config, stop, judge=None):
         else:
             state = fine_tune(config, run, pretrained, samples, val, checkpoint)
         run.save("last.pt")
-        if len(set(runs.gather(mining.model_digest(state.model)))) > 1:
+        if len(set(runs.gather(model_digest(state.model)))) > 1:
             runs.say(
                 "note: the processes' weights are not equal to the bit; the first one's are kept"
             )
         write_report(config, run, pretrained, val)
-
-
-def load_pretrained(path, wanted_rule):
-    """The AdaIR to start from, under the mask rule it was trained with. Raises CheckpointError for
-    one that is post-trained, since its policy would be lost, and for one trained under "fraction"
-    when the original's rule is wanted."""
-    checkpoint = read_checkpoint(path)
-    if isinstance(checkpoint, dict) and "policy" in checkpoint:
-        hint = "its policy would be lost: --init wants a pre-trained model"
-        raise CheckpointError(f"{path} is post-trained, and {hint}")
-    model = load_adair(path, checkpoint=checkpoint)
-    if model.config["mask_rule"] == "fraction" != wanted_rule:
-        hint = f"--mask-rule {wanted_rule} would change what it computes"
-        raise CheckpointError(f"{path} was trained under mask rule fraction: {hint}")
-    return model
 
 
 def make_reward(config, judge):
@@ -366,23 +351,13 @@ def usable_samples(samples):
     train, val, problems = list_training(samples.data_root, tasks=tasks, listed=samples.listed)
     runs.same_everywhere("list of images", names_digest(train + val))
     val, broken = split_usable(val, 16)
-    report_skipped(problems + broken)
+    runs.say_skipped(problems + broken)
     if not val:
         words = "none of the images set aside to measure on can be read"
         raise DataError(f"{words}: {broken[0]}")
     counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in train).items())
     runs.say(f"training images: {counts}; set aside: {len(val)}")
     return train, val
-
-
-def report_skipped(problems, shown=20):
-    """Names what is left out of training, the first ones in full, and counts it."""
-    problems = list(dict.fromkeys(problems))
-    for problem in problems[:shown]:
-        runs.say(f"skipped: {problem}")
-    if problems:
-        more = f"; {len(problems) - shown} more are not shown" if len(problems) > shown else ""
-        runs.say(f"{len(problems)} image(s) or pair(s) skipped in training{more}")
 
 
 def make_judge(config, stop):
