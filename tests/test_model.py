@@ -292,3 +292,26 @@ def test_missing_and_garbled_checkpoints(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(model.CheckpointError, match="text.pt"):
         model.load_adair(tmp_path / "text.pt")
+
+
+def test_a_damaged_checkpoint_is_refused_in_words(tmp_path):
+    """Cut off, holes, flipped bytes: some of torch's errors have no text at all."""
+    torch.save({"state_dict": small_adair().state_dict()}, tmp_path / "whole.pt")
+    whole, rng, refused = (tmp_path / "whole.pt").read_bytes(), np.random.default_rng(0), 0
+    for i in range(40):
+        damaged, at = bytearray(whole), int(rng.integers(len(whole)))
+        if i % 4 == 0:
+            damaged = damaged[:at]
+        elif i % 4 == 1:
+            damaged[at : at + 500] = b""
+        else:
+            first = 0 if i % 4 == 2 else len(whole) - 20_000
+            for place in rng.integers(first, first + 20_000, 60):
+                damaged[place] = rng.integers(256)
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        try:
+            model.load_adair(tmp_path / "damaged.pt")
+        except model.CheckpointError as error:
+            assert "damaged.pt" in str(error) and "()" not in str(error)
+            refused += 1
+    assert refused > 25

@@ -1,6 +1,7 @@
 """Appendix B against scikit-image, scipy, plain NumPy, and cases whose answer is known."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -374,7 +375,9 @@ def test_the_loaders_on_the_real_classes(weights_dir, pair):
     """Every general term through its own loading code; only CLIP's size differs from the real
     one."""
     trunk = torch.load(weights_dir / rewards.NETS["lpips"].file, weights_only=True)
-    lpips_net = rewards.load_lpips(weights_dir / rewards.NETS["lpips"].file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the package's own are no user's business
+        lpips_net = rewards.load_lpips(weights_dir / rewards.NETS["lpips"].file)
     assert torch.equal(lpips_net.net.state_dict()["slice2.3.weight"], trunk["features.3.weight"])
     clip_net = rewards.load_clip(weights_dir / rewards.NETS["clip"].file, "tiny")
     head = rewards.load_aesthetic(weights_dir / rewards.NETS["aes"].file)
