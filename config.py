@@ -17,7 +17,6 @@ import tyro
 
 import runs
 from data import TASK_WORDS
-from judge import is_url
 
 DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 
@@ -41,8 +40,7 @@ class Samples:
     data_root: str | None = None
     """AdaIR's data folder, or a folder of photos; without it, photographs inside scikit-image"""
     tasks: tuple[Literal[TASK_WORDS], ...] = ()
-    """some of them: denoise derain dehaze is Table 7, one alone Table 1; without it, all there
-    are"""
+    """tasks to train on: denoise derain dehaze is Table 7, one alone Table 1; without it, all"""
     listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
     """file that names the training images to use, one path under --data-root a line"""
     hard_ratio: float = 0.3
@@ -131,7 +129,7 @@ class Expert:
     judge_model: str | None = None
     """what a server calls the judge's model"""
     judge_device: str | None = None
-    """its own; without it, rank i's is cuda:(world size + i), beside a CPU trainer cpu"""
+    """the judge's device; without it, cuda:(number of trainers + rank), or cpu beside a CPU"""
     judge_mode: Literal["logits", "generate"] = "logits"
     """expectation over the score's tokens, or generate: the paper's written answer"""
     judge_prompt: str | None = None
@@ -139,7 +137,7 @@ class Expert:
     judge_args: str = ""
     """further flags of judge.py: --judge-args='--min-pixels 50176 --dtype fp16'"""
     judge_timeout: float = 60.0
-    """s a step waits for it before it is started again"""
+    """seconds that a step waits for the judge before it is started again"""
     judge_patience: int = 5
     """failures in a row after which the run stops"""
 
@@ -159,7 +157,7 @@ class Config:
     objective: Literal["irpo", "sft"] = "irpo"
     """irpo: Eq. 7; sft: the control, L1 on the deterministic output"""
     seed: int = 0
-    """of crops and actions"""
+    """seed of crops and actions"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
     samples: Samples = field(default_factory=Samples)
@@ -183,12 +181,13 @@ def parse(argv):
     else:
         fill(config)
         config.command = shlex.join(["python", "train.py", *argv])
+    make_absolute(config)
     check(config)
     return config
 
 
 def fill(config):
-    """What the preset decides, and paths made absolute so that --resume works from any folder."""
+    """What the preset decides, and the default of --out."""
     if config.training.epochs and config.training.steps is None:
         config.training.steps = 0  # whoever names epochs means epochs
     for name, values in PRESETS.items():
@@ -198,12 +197,17 @@ def fill(config):
     name = f"{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
     config.out = config.out or f"runs/{name}"
 
+
+def make_absolute(config):
+    """Makes paths absolute, so that --resume works from any folder."""
+
     def absolute(path):
         return path and str(Path(path).resolve())
 
     samples, expert = config.samples, config.expert
     config.init, expert.judge_prompt = absolute(config.init), absolute(expert.judge_prompt)
     samples.data_root, samples.listed = absolute(samples.data_root), absolute(samples.listed)
+    samples.scores = tuple(map(absolute, samples.scores))
     config.scoring.weights_dir = absolute(config.scoring.weights_dir)
     if Path(expert.judge).is_dir():
         expert.judge = absolute(expert.judge)
@@ -241,7 +245,10 @@ def resumed(config, stored):
     if (config.expert.judge == "none") != (stored.expert.judge == "none"):
         hint = "a run cannot gain or lose its judge"
         raise runs.RunError(f"{config.resume} keeps its reward: {hint}")
-    if not is_url(config.expert.judge) and config.expert.judge_model == stored.expert.judge_model:
+    if (
+        not runs.is_url(config.expert.judge)
+        and config.expert.judge_model == stored.expert.judge_model
+    ):
         config.expert.judge_model = None  # that of a server
     if "WORLD_SIZE" in os.environ:
         config.device = config.device.split(":")[0]
@@ -268,16 +275,21 @@ def check(config):
     runs.check_ranges(expert, judge_timeout="(0, inf)", judge_patience="[1, inf)")
     runs.check_multiple_of_8("--crop", config.samples.crop)
     runs.check_device(config.device)
-    for path in config.samples.scores:
-        runs.check_file("--scores", path)
-    runs.check_file("--list", config.samples.listed)
+    if not config.resume:  # a run that goes on has its D_hard
+        for path in config.samples.scores:
+            runs.check_file("--scores", path)
+        runs.check_file("--list", config.samples.listed)
     runs.check_file("--judge-prompt", expert.judge_prompt)
+    try:
+        shlex.split(expert.judge_args)
+    except ValueError as error:
+        raise runs.RunError(f"--judge-args: {error}") from None
     if not training.steps and not training.epochs:
         raise runs.RunError("--steps and --epochs are both 0: nothing would be trained")
     if config.objective == "sft" and training.freeze_backbone:
         raise runs.RunError("--objective sft with --freeze-backbone would train nothing")
     if config.objective == "sft" and expert.judge != "none":
         raise runs.RunError("--objective sft has no reward: leave --judge out")
-    if is_url(expert.judge) != bool(expert.judge_model):
+    if runs.is_url(expert.judge) != bool(expert.judge_model):
         hint = "it goes with --judge http://… and only with that"
         raise runs.RunError(f"--judge-model names the model of a server: {hint}")

@@ -26,7 +26,7 @@ from scipy.ndimage import distance_transform_edt
 from degradations import blur, gaussian_noise, haze, low_light, rain
 
 IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
-# What Pillow may take a file for, whatever its name says: it would run what it finds in an EPS.
+# The formats Pillow may read, whatever a file is called: an EPS file is a program it would run.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 2**27  # of an image: a file of a few kB may claim, and on decoding fill, any size
 PHOTO_WINDOW = 512  # px; of a larger photo in a plain folder, this much around its centre is used
@@ -63,8 +63,8 @@ class Task(NamedTuple):
     trained_on: tuple = ()  # (name, number)
     tested_on: dict = {}  # {name: number}
     foreign: str = ""  # the set out of domain, whose number it does not state
-    family: str = ""  # another name for the task, shared with its kin, in --tasks
-    variant: str = ""  # what tells it from its kin, behind the name of a test set
+    family: str = ""  # in --tasks, a name for several related tasks
+    variant: str = ""  # behind the name of a test set: which of the related tasks
 
     @property
     def is_drawn_anew(self):
@@ -297,16 +297,17 @@ def problem_of(sample, min_side=8, decode=True):
     return ""
 
 
-def split_usable(samples, min_side=8, decode=True):
+def split_usable(samples, min_side=8, decode=True, mapper=None):
     """Splits samples by `problem_of`: (usable, problems). Samples of the same files are looked at
-    once."""
+    once. mapper(function, samples): as map; without it, some threads at once."""
 
     def files(sample):
         return sample[2:5]
 
     unique = {files(s): s for s in samples}
+    look = partial(problem_of, min_side=min_side, decode=decode)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(partial(problem_of, min_side=min_side, decode=decode), unique.values())
+        found = (mapper or pool.map)(look, list(unique.values()))
         problems = dict(zip(unique, found))
     usable = [s for s in samples if not problems[files(s)]]
     return usable, list(dict.fromkeys(filter(None, problems.values())))
@@ -624,22 +625,22 @@ class Crops(torch.utils.data.Dataset):
         else:
             anew = TASKS[sample.task].is_drawn_anew
             degraded, gt = load_pair(sample, *((self.seed + 1, epoch) if anew else (0, 0)))
-            top, left = self.corner(gt, rng)
+            top, left = self.corner(sample, gt, rng)
             window = (slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
             degraded, gt = degraded[window], gt[window]
         flips = [d for d in (1, 2) if rng.random() < 0.5]
         return degraded.flip(flips), gt.flip(flips), sample.task, sample.name, n
 
-    def corner(self, image, rng):
+    def corner(self, sample, image, rng):
         height, width = image.shape[1:]
         if min(height, width) < self.crop:
-            raise DataError(f"an image of {width}×{height} px is smaller than the crop")
+            raise DataError(f"{sample.gt} is {width}×{height} px, smaller than the crop")
         return rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
 
     def fresh_crop(self, sample, rng, margin=16):
         """A crop under a degradation of its own."""
         gt = read_image(sample.gt, sample.box)
-        top, left = self.corner(gt, rng)
+        top, left = self.corner(sample, gt, rng)
         up, back = max(top - margin, 0), max(left - margin, 0)  # context for blur and streaks
         bottom, right = top + self.crop + margin, left + self.crop + margin
         around = gt[:, up:bottom, back:right]

@@ -244,7 +244,8 @@ def benchmark(config):
         figures.append(figure)
         keys, rows = measured(results), results[name]
         means = (f"{m} {cell([report.mean(r, k) for k in keys], keys)}" for m, r in rows.items())
-        runs.say(f"{name}: {len(samples)} images, {'  '.join(means)}")
+        degraded = report.mean(next(iter(rows.values())), "psnr_in")
+        runs.say(f"{name}: {len(samples)} images, input {degraded:.2f}  {'  '.join(means)}")
     if runs.rank():
         return
     limited = f"\nOnly the first {config.limit} images of each set (--limit).\n"

@@ -102,7 +102,7 @@ class Config:
     server: str | None = None
     """ask an OpenAI-compatible server, as http://localhost:8000/v1, instead of loading the model"""
     timeout: float = 60.0
-    """s, for a batch sent to a server"""
+    """seconds that a batch sent to a server may take"""
     mode: Literal["logits", "generate"] = "logits"
     """expectation over the score's tokens, or the written answer of Appendix B.2"""
     prompt: str | None = None
@@ -116,11 +116,11 @@ class Config:
     batch_size: int = 16
     """requests scored at once"""
     min_pixels: int = 256 * 28 * 28
-    """smaller images are enlarged to; 784 are a token"""
+    """smaller images are enlarged to this many pixels; 784 pixels are one token"""
     max_pixels: int = 1280 * 28 * 28
-    """larger images are reduced to"""
+    """larger images are reduced to this many pixels"""
     max_new_tokens: int = 512
-    """length of a written answer"""
+    """longest written answer"""
     parent: int | None = None
     """process id of the trainer that starts it, which it tells when it is ready and ends with"""
 
@@ -134,13 +134,9 @@ def check(config):
     runs.check_device(config.device)
     if config.min_pixels > config.max_pixels:
         raise runs.RunError("--min-pixels is above --max-pixels")
-    if config.server and not is_url(config.server):
+    if config.server and not runs.is_url(config.server):
         hint = "it begins with http:// or https://"
         raise runs.RunError(f"--server {config.server} is no address: {hint}")
-
-
-def is_url(text):
-    return text.startswith(("http://", "https://"))
 
 
 # ------------------------------------------------------------------------ from an answer to a score
@@ -171,7 +167,7 @@ def score_from_logprobs(tokens):
     found = find_score("".join(t["token"] for t in tokens))
     place = found.start(1) if found else -1
     for t in tokens:
-        if place == 0 and t["token"] in DIGITS:
+        if place == 0 and len(t["token"]) == 1:
             tops = [t, *(t.get("top_logprobs") or [])]
             likely = {top["token"]: top["logprob"] for top in tops}
             logits = torch.tensor([likely.get(digit, -math.inf) for digit in DIGITS])

@@ -8,9 +8,9 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from data import DataError, image_size, load_pair
+from data import DataError, image_size, load_pair, problem_of
 from metrics import psnr
-from runs import RunError, load_json, parallel_map, save_json
+from runs import RunError, load_json, parallel_map, save_json, say
 
 BATCH_PIXELS = 1 << 20  # on a GPU, images of one size are restored together, up to so many pixels
 WITNESSES = 3  # so many of the hard files tell a resumed run whether its images have changed
@@ -30,9 +30,11 @@ def known_scores(paths, digest):
         stored = load_json(path)
         try:
             same = stored["model"] == digest
-            known |= {(r["task"], r["name"]): r for r in stored["rows"] if same and r["stamp"]}
+            rows = {(r["task"], r["name"]): r for r in stored["rows"] if same and r.get("stamp")}
         except (KeyError, TypeError):
             raise RunError(f"{path} is not the hard.json of a run") from None
+        say(f"{path}: {len(rows)} scores of this model")
+        known |= rows
     return known
 
 
@@ -92,7 +94,8 @@ def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
     rows, wanted = {}, []
     for i, sample in enumerate(samples):
         row = (known or {}).get((sample.task, sample.name))
-        if row and os.path.exists(sample.gt) and row["stamp"] == stamp_of(sample):
+        fits = row and not problem_of(sample, min_side, decode=False)
+        if fits and row["stamp"] == stamp_of(sample):
             rows[i] = {key: row[key] for key in ("task", "name", "stamp", "psnr")}
         else:
             wanted.append(i)

@@ -503,8 +503,8 @@ def load_adair(path, checkpoint=None):
         state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no state dict of an AdaIR")
-    state = {key.removeprefix("net."): value for key, value in state.items()}
     try:
+        state = {key.removeprefix("net."): value for key, value in state.items()}
         model = AdaIR(**{**adair_config(state), **config})
         model.load_state_dict({k: v for k, v in state.items() if not UNUSED.fullmatch(k)})
     except KeyError as error:

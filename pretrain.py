@@ -152,14 +152,15 @@ def make_model(config):
     return AdaIR(*sizes, mask_rule=config.mask_rule, rates=(rate, rate))
 
 
-def find_samples(config):
-    """(training, validation) samples of both folders, every image decoded once. Raises
-    DataError."""
+def find_samples(config, stop):
+    """(training, validation) samples of both folders, every image decoded once, by all processes.
+    Raises DataError."""
     roots = [root for root in (config.data_root, config.photos) if root] or [None]
     train, val, problems = map(sum, zip(*(list_training(root) for root in roots)), ([], [], []))
     runs.same_everywhere("list of images", names_digest(train + val))
-    train, broken = split_usable(train, max(config.crop))
-    val, more = split_usable(val, 16)
+    mapper = partial(runs.parallel_map, desc="check", stop=stop)
+    train, broken = split_usable(train, max(config.crop), mapper=mapper)
+    val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
     missing = [task for task in config.cycle if task not in {s.task for s in train}]
     if missing:
@@ -170,7 +171,7 @@ def find_samples(config):
 
 def pretrain(config, stop):
     """Trains, and prints what the averaged weights gain on the validation images."""
-    samples, val = find_samples(config)
+    samples, val = find_samples(config, stop)
     net = make_model(config).train().to(config.device, memory_format=torch.channels_last)
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
     averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=decay)

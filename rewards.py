@@ -351,7 +351,7 @@ class Term(NamedTuple):
     """One term of Eq. 22."""
 
     value: Callable  # Scene -> (B·G,) in [0, 1]
-    part: str  # of PARTS
+    part: str  # of PARTS: a new term belongs to "gen"
     weight: float  # inside its part: as published, or what a new term is worth
     nets: tuple = ()  # of NETS, that it needs
     side: int = 1  # px a side below which it cannot be computed

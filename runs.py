@@ -56,7 +56,7 @@ def program(name, function, errors=()):
     except torch.OutOfMemoryError:
         message = NO_MEMORY
     except KeyboardInterrupt:
-        message = "stopped"
+        message = "stopped; a run goes on from its last checkpoint with --resume RUN"
     finally:
         leave()
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
@@ -115,6 +115,10 @@ def flags(config, name, about, argv, default=None):
     options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     given = dict(default=default) if default else {}
     return tyro.cli(config, prog=name, description=about, args=argv, config=options, **given)
+
+
+def is_url(text):
+    return text.startswith(("http://", "https://"))
 
 
 def default_device():
@@ -192,7 +196,7 @@ def say_skipped(problems, shown=20):
 
 @contextlib.contextmanager
 def collective():
-    """Around what all processes do everything: raises ProcessError if one of them does not."""
+    """Around what all processes do at the same time: raises ProcessError if one is gone."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -235,16 +239,21 @@ def parallel_map(function, items, desc, stop=None):
     Item i is done by process i modulo their number. The results must be what JSON can hold.
     desc: what to call the progress bar. stop: a `Stop`, looked at before each item.
     """
-    results = []
-    mine = items[rank() :: processes()]
-    for item in tqdm(mine, desc=desc, leave=False, disable=rank() > 0):
-        if stop:
-            stop.check()
-        results.append(function(item))
-    everything = [None] * len(items)
-    for i, part in enumerate(gather(results)):
-        everything[i :: processes()] = part
-    return everything
+    results, at_once = [], 64 * processes()  # so that a process that is gone is noticed soon
+    bar = tqdm(total=len(items), desc=desc, leave=False, disable=rank() > 0)
+    for first in range(0, len(items), at_once):
+        part, mine = items[first : first + at_once], []
+        for item in part[rank() :: processes()]:
+            if stop:
+                stop.check()
+            mine.append(function(item))
+            bar.update(processes())
+        done = [None] * len(part)
+        for i, of_one in enumerate(gather(mine)):
+            done[i :: processes()] = of_one
+        results += done
+    bar.close()
+    return results
 
 
 def average_gradients(parameters, loss):
@@ -264,8 +273,8 @@ def average_gradients(parameters, loss):
     return loss[0]
 
 
-# Counts of all processes are added up; whatever else is logged is averaged.
-ADDED = ("judge/failures", "judge/starts")
+# How the numbers of all processes become one; whatever else is logged is averaged.
+HOW = {"judge/failures": sum, "judge/starts": sum, "judge/latency": max, "judge/wait": max}
 
 
 def merge(metrics):
@@ -274,7 +283,7 @@ def merge(metrics):
     merged = {}
     for name in dict.fromkeys(name for each in metrics for name in each):
         values = [each[name] for each in metrics if name in each]
-        merged[name] = sum(values) if name in ADDED else sum(values) / len(values)
+        merged[name] = HOW[name](values) if name in HOW else sum(values) / len(values)
     return merged
 
 
@@ -349,7 +358,7 @@ class Run:
         self.workers = (4 if self.gpu else 0) if workers is None else workers
         self.save_every, self.keep_every = save_every, keep_every
         self.failures = (OSError, torch.OutOfMemoryError, RunError, *failures)
-        self.state, self.reason, self.skipped = None, None, 0
+        self.state, self.log, self.bar, self.reason, self.skipped = None, None, None, None, 0
         self.is_updating = self.is_skipping = False
 
     def __enter__(self):
@@ -358,12 +367,13 @@ class Run:
     def __exit__(self, kind, error, _):
         if not self.state:
             return
+        if error and not self.is_updating:
+            self.save("last.pt")
         self.bar.close()
-        self.log.close()
+        with contextlib.suppress(OSError):  # a full disk was named when it was written to
+            self.log.close()
         if error is None:
             return
-        if not self.is_updating:
-            self.save("last.pt")
         reason, step = self.stop.reason, f"after step {self.state.step}"
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {step}") from None
@@ -376,9 +386,13 @@ class Run:
 
     def start(self, state, desc, shown=()):
         """Opens the log and the progress bar. shown: metrics the bar shows, {label: name}."""
-        self.state, self.shown = state, dict(shown)
-        self.log = Log(self.folder, state.step)
+        self.shown, self.log = dict(shown), Log(self.folder, state.step)
         self.bar = tqdm(initial=state.step, desc=desc, unit="step", disable=rank() > 0)
+        self.state = state
+        self.start_clock()
+
+    def start_clock(self):
+        """The time of a step counts from here."""
         self.begun = time.perf_counter()
 
     def batches(self, crops, size, until=None):
@@ -388,16 +402,18 @@ class Run:
         state, until = self.state, until or self.state.total
         self.crops = size * processes()  # of one step
         steps = range(state.seen + rank() * size, until + rank() * size, self.crops)
-        numbers = [range(first, first + size) for first in steps]
-        self.bar.total = state.step + len(numbers)
+        numbers = (range(first, first + size) for first in steps)
+        self.bar.total = state.step + len(steps)
         loading = dict(num_workers=self.workers, pin_memory=self.gpu, collate_fn=crops.collate)
         loader = iter(DataLoader(crops, batch_sampler=numbers, **loading))
         if self.workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises in the midst of a step
-        for _ in numbers:
+        for _ in steps:
             try:
                 batch = next(loader)
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:
+                if not isinstance(error, self.failures) and "DataLoader worker" not in str(error):
+                    raise  # a bug
                 words = str(error).strip().splitlines()[-1]  # a worker's traceback stands before
                 reason = words.removeprefix("data.DataError: ")
                 raise RunError(f"images could not be loaded: {reason}") from None
@@ -451,7 +467,7 @@ class Run:
             self.save("last.pt")
         if self.reason:
             raise Stopped(self.reason)
-        self.begun = time.perf_counter()
+        self.start_clock()
 
     def save(self, name):
         save_checkpoint(self.folder / name, self.state.checkpoint())
@@ -461,11 +477,12 @@ class Run:
 
 
 def write_atomic(path, content):
-    """Writes bytes so that a kill or a full disk leaves the previous file intact."""
+    """Writes bytes, or pieces of them, so that a kill or a full disk leaves the previous file
+    intact."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -516,8 +533,8 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter  # late: it is slow to load
 
-        kept = [json.dumps(row) for row in read_metrics(folder) if row["step"] <= step]
-        write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
+        kept = (row for row in read_metrics(folder) if row["step"] <= step)
+        write_atomic(self.path, (json.dumps(row).encode() + b"\n" for row in kept))
         self.file = open(self.path, "a")  # noqa: SIM115 (it stays open)
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 

@@ -8,6 +8,7 @@ Its flags are in config.py.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import os
 import shlex
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import grpo
 import mining
@@ -35,7 +37,7 @@ from data import (
     split_usable,
     task_names,
 )
-from judge import Judge, JudgeError, is_url
+from judge import Judge, JudgeError
 from metrics import evaluate, evaluation_pair, psnr
 from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
 from policy import PolicyError, load_policy, policy_for, policy_state
@@ -82,12 +84,16 @@ class State:
         crops_a_step = config.training.batch_size * runs.processes()
         total = config.training.steps * crops_a_step or config.training.epochs * len(hard)
         state = cls(model, policy, policy.frozen_copy(), optimizer, total)
-        if checkpoint:
-            model.load_state_dict(checkpoint["model"])
-            state.reference.load_state_dict(checkpoint["ref"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for name in cls.COUNTERS:
-                setattr(state, name, checkpoint[name])
+        try:
+            if checkpoint:
+                model.load_state_dict(checkpoint["model"])
+                state.reference.load_state_dict(checkpoint["ref"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                for name in cls.COUNTERS:
+                    setattr(state, name, checkpoint[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{error!r:.200}"
+            raise CheckpointError(f"last.pt holds no run of this version ({reason})") from None
         return state
 
     def checkpoint(self):
@@ -124,7 +130,8 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     run.start(state, config.objective, shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
 
     for batch in run.batches(crops, config.training.batch_size):
-        validate_when_due(config, run, val)
+        validate_when_due(config, run, pretrained, val)
+        state.optimizer.zero_grad()
 
         # Eq. 4, 5: encode once, decode G sampled actions without graph
         generators = action_generators(config, batch.numbers)
@@ -173,11 +180,11 @@ def fine_tune(config, run, pretrained, samples, val, checkpoint=None):
     state = State.attach(config, pretrained, hard, checkpoint)
     run.start(state, config.objective, shown=dict(psnr="psnr_det"))
     for batch in run.batches(crops, config.training.batch_size):
-        validate_when_due(config, run, val)
+        validate_when_due(config, run, pretrained, val)
+        state.optimizer.zero_grad()
         with half_precision(config):
             mean = state.model(batch.degraded, state.policy.mean())
         loss = (mean - batch.gt).abs().mean()
-        state.optimizer.zero_grad()
         loss.backward()
         metrics = run.step(state.optimizer, loss)
         metrics["psnr_in"] = batch_psnr(batch.degraded, batch.gt)
@@ -189,7 +196,7 @@ def fine_tune(config, run, pretrained, samples, val, checkpoint=None):
 def hard_samples(config, run, pretrained, samples):
     """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
     digest, path = model_digest(pretrained), run.folder / "hard.json"
-    if path.exists():
+    if runs.gather(path.exists())[0]:
         hard = mining.load_hard(path, digest, samples)
     else:
         pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
@@ -227,21 +234,23 @@ def half_precision(config):
     return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
 
 
-def validate_when_due(config, run, val):
-    """Every --eval-every steps, from step 0 on: the deterministic output on `val` chooses
-    best.pt."""
+def validate_when_due(config, run, pretrained, val):
+    """Every --eval-every steps the deterministic output on `val` chooses best.pt; at step 0 the
+    pre-trained model's, which the report calls "before"."""
     state = run.state
     if state.step % config.training.eval_every or state.step <= state.validated:
         return
-    rows = validate(run, state.restore, val, "validate")
+    restoring = state.restore if state.step else partial(restore, pretrained)
+    rows = validate(run, restoring, val, "validate")
     state.before = state.before or rows
     keep_best(run, rows)
     state.validated = state.step
+    run.start_clock()
 
 
-def validate(run, restoring, val, desc, also=None):
-    """AdaIR's protocol over `val`, shared by the processes."""
-    return evaluate(restoring, val, also, partial(runs.parallel_map, desc=desc, stop=run.stop))
+def validate(run, restoring, val, desc):
+    """AdaIR's protocol over `val`, by all processes."""
+    return evaluate(restoring, val, mapper=partial(runs.parallel_map, desc=desc, stop=run.stop))
 
 
 def keep_best(run, rows):
@@ -275,7 +284,7 @@ def describe(batch, scores, terms, best, mean, judge):
             metrics[f"rewards/{name}/mean"] = value.mean()
             metrics[f"rewards/{name}/std"] = value.std(dim=1, correction=0).mean()
     if judge and judge.problem:
-        runs.say(f"judge: {judge.problem}")
+        tqdm.write(f"judge: {judge.problem}")
     return metrics | (judge.metrics if judge else {})
 
 
@@ -289,6 +298,8 @@ def train(config, stop, judge=None):
         runs.refuse_existing(folder)
     last = folder / "last.pt"
     checkpoint = read_checkpoint(last) if config.resume and last.exists() else None
+    if checkpoint is not None and not (isinstance(checkpoint, dict) and "step" in checkpoint):
+        raise CheckpointError(f"{last} is not the last.pt of a run")
 
     # The three things a run is made of: a pre-trained model, a reward, samples.
     pretrained = load_pretrained(config.init, config.policy.mask_rule)
@@ -301,8 +312,9 @@ def train(config, stop, judge=None):
     folder.mkdir(parents=True, exist_ok=True)
     if judge:
         start_judge(judge, val[0], config)
-    stored = dataclasses.replace(config, resume=None, device=torch.device(config.device).type)
-    stored.device = config.device if runs.processes() == 1 else stored.device
+    device = config.device if runs.processes() == 1 else torch.device(config.device).type
+    training = dataclasses.replace(config.training, max_minutes=None)
+    stored = dataclasses.replace(config, resume=None, device=device, training=training)
     runs.save_json(folder / "config.json", dataclasses.asdict(stored))  # now --resume goes on
     if reward:
         expert = config.expert
@@ -370,7 +382,7 @@ def make_judge(config, stop):
     command += ["--mode", expert.judge_mode, "--batch-size", size]
     if expert.judge_prompt:
         command += ["--prompt", expert.judge_prompt]
-    if is_url(expert.judge):
+    if runs.is_url(expert.judge):
         # a little less time than we wait for it, so that it can say which request failed
         seconds = str(0.9 * expert.judge_timeout)
         command += ["--server", expert.judge, "--model", expert.judge_model]
@@ -421,40 +433,34 @@ def one_of_each_task(samples):
 
 
 def write_report(config, run, pretrained, val):
-    """The last step against the start, on images nothing was trained on or chosen by: report.md,
-    report.json, curves.png, samples.png."""
+    """The last step against the start, on images nothing was trained on: report.md, report.json,
+    curves.png, samples.png."""
     state, folder = run.state, run.folder
-    pictures = {}
-    wanted = one_of_each_task(val[:: runs.processes()])  # the first process restores these
-
-    def also(sample, degraded, restored, gt):
-        if sample in wanted:
-            pictures[sample] = degraded, restored, gt
-        return {}
-
-    before, after = state.before, validate(run, state.restore, val, "after", also)
+    before, after = state.before, validate(run, state.restore, val, "after")
     keep_best(run, after)
     if runs.rank():
         return
     rows = []
-    for sample in wanted:
-        degraded, restored, gt = pictures[sample]
-        images = dict(input=degraded, before=restore(pretrained, degraded), after=restored)
+    for sample in one_of_each_task(val):
+        degraded, gt = evaluation_pair(sample)
+        images = dict(input=degraded, before=restore(pretrained, degraded))
+        images["after"] = state.restore(degraded)
         captions = [(f"{name}  {psnr(image, gt):.2f} dB", image) for name, image in images.items()]
         captions[0] = f"{sample.task}: {captions[0][0]}", degraded
         rows.append([*captions, ("truth", gt)])
     runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
-    metrics = list(runs.read_metrics(folder))
-    every = 1 + len(metrics) // 10_000  # what a plot can show
-    report.plot_curves(folder / "curves.png", metrics[::every])
+    steps = lost = failures = 0
+    for row in runs.read_metrics(folder):  # of a long run too many to hold
+        steps, lost = steps + 1, lost + row["skipped"]
+        failures += int(row.get("judge/failures", 0))
+    every = 1 + steps // 10_000  # what a plot can show
+    shown = list(itertools.islice(runs.read_metrics(folder), 0, None, every))
+    report.plot_curves(folder / "curves.png", shown)
 
     table = report.before_after_table(before, after)
-    lost, failures = (
-        int(sum(row.get(k, 0) for row in metrics)) for k in ("skipped", "judge/failures")
-    )
     notes = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
     if config.expert.judge != "none":
-        notes += f" The judge left {failures} rollouts without a score in {len(metrics)} steps."
+        notes += f" The judge left {failures} rollouts without a score in {steps} steps."
     sft = config.objective == "sft"
     what = "the SFT control (L1 on the deterministic output)" if sft else "IRPO"
     text = f"""# {what}: before and after, {len(before)} held-out images

@@ -161,7 +161,7 @@ def test_score_from_a_servers_logprobs():
     assert judges.score_from_logprobs(joined) is None  # the text counts
     assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(
         2
-    )  # no rivals told
+    )  # no others given
     assert (
         judges.score_from_logprobs(logprobs(*before, digit, *after, *before[1:], digit, *after))
         is None
@@ -1031,17 +1031,17 @@ def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
     them."""
     events = []
 
-    def told(name, function):
+    def noted(name, function):
         return lambda *args, **rest: events.append(name) or function(*args, **rest)
 
     for name in ("r_psnr", "r_ssim", "r_task", "r_qwen"):
-        monkeypatch.setattr(rewards, name, told(name, getattr(rewards, name)))
+        monkeypatch.setattr(rewards, name, noted(name, getattr(rewards, name)))
     judge = fake(tmp_path, dict(id="#", score=3))
     ask = judge.ask
 
     def asked(*images):
         events.append(("ask", *(tuple(i.shape[:-3]) for i in images)))
-        return told("wait", ask(*images))
+        return noted("wait", ask(*images))
 
     judge.ask = asked
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))

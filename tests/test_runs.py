@@ -31,7 +31,7 @@ from conftest import (
 import eval as evaluation
 import runs
 import train
-from data import Crops, read_image
+from data import Crops, DataError, read_image
 from model import load_adair, read_checkpoint, restore
 from policy import policy_for
 
@@ -286,7 +286,8 @@ def shell(tmp_path, request):
     """A run of 6 crops without a model: what stands around a loop."""
     workers = getattr(request, "param", 0)
     state = SimpleNamespace(step=0, seen=0, total=6, checkpoint=lambda: dict(step=state.step))
-    run = runs.Run(tmp_path, runs.Stop(), "the same command", workers=workers, save_every=1000)
+    loading = dict(workers=workers, failures=(DataError,))
+    run = runs.Run(tmp_path, runs.Stop(), "the same command", save_every=1000, **loading)
     run.start(state, "shell")
     return run
 
