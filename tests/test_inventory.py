@@ -144,3 +144,10 @@ def test_the_program_on_real_pairs(capsys):
         and counts["ood/polyu"] == ["50", "-"]
     )
     assert any("test/denoise/Urban100/*: Urban100, 100" in line for line in lines)
+
+
+def test_a_folder_of_photos_is_looked_at_too(tmp_path, capsys):
+    for i in range(6):
+        write(tmp_path / f"{i}.png", width=24, height=24)
+    code, lines = look(tmp_path, capsys)
+    assert code == 1 and any("no training image of 32 px is left" in line for line in lines)

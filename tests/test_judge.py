@@ -157,6 +157,8 @@ def test_score_from_a_servers_logprobs():
     assert judges.score_from_logprobs(logprobs(*before, digit, *after)) == pytest.approx(
         (0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875
     )
+    empty = logprobs(*before, ("", 0.9, {"1": 0.9}), ("5", 1.0, {"5": 1.0}), *after)
+    assert judges.score_from_logprobs(empty) == pytest.approx(5)
     joined = logprobs(*before[:2], (">4</", 0.6, {">4</": 0.6, ">2</": 0.2}), ("Score>", 1.0, {}))
     assert judges.score_from_logprobs(joined) is None  # the text counts
     assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(
@@ -1078,6 +1080,7 @@ def test_a_run_that_is_asked_to_end_does_not_wait_for_its_judge(tmp_path):
         (["--rewards", "psnr,qwen"], "name one with --judge"),
         (["--judge", "x", "--judge-prompt", "no.txt"], "no.txt"),
         (["--judge", "x", "--judge-mode", "guess"], "guess"),
+        (["--judge", "x", "--judge-args='"], "--judge-args: No closing quotation"),
         (["--judge", "x", "--judge-timeout", "0"], "--judge-timeout is 0"),
     ],
 )

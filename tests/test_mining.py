@@ -137,6 +137,8 @@ def test_scores_are_taken_over_where_name_size_and_time_agree(tmp_path):
 
     again, _ = mining.mine(never, samples, known=known)
     assert [r["psnr"] for r in again] == [r["psnr"] for r in rows]
+    found, problems = mining.mine(never, samples, min_side=72, known=known)
+    assert not found and "smaller than the crop of 72" in problems[0]  # mined for smaller crops
     write(tmp_path / "0.png", seed=99)
     seen = []
     mining.mine(lambda x: seen.append(x) or x, samples, known=known)

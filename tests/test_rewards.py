@@ -417,8 +417,9 @@ def test_missing_weights_name_the_file_its_source_and_the_flag(tmp_path, monkeyp
 
 
 def test_a_wrong_weights_file_is_named(tmp_path):
-    path = tmp_path / rewards.NETS["aes"].file
-    torch.save({"layers.0.weight": torch.zeros(1)}, path)
-    (tmp_path / rewards.NETS["clip"].file).write_bytes(b"no weights")
-    with pytest.raises(rewards.RewardError, match="does not hold the weights"):
-        rewards.Reward(rewards.parse_terms("aes,psnr"), weights_dir=tmp_path)
+    torch.save({"layers.0.weight": torch.zeros(1)}, tmp_path / rewards.NETS["aes"].file)
+    (tmp_path / rewards.NETS["lpips"].file).write_bytes(b"no weights")
+    with pytest.raises(rewards.RewardError, match="does not hold the weights of aes"):
+        rewards.load_net("aes", tmp_path / rewards.NETS["aes"].file)
+    with pytest.raises(rewards.RewardError, match="does not hold the weights of lpips"):
+        rewards.Reward(rewards.parse_terms("lpips,psnr"), weights_dir=tmp_path)

@@ -232,6 +232,8 @@ def test_a_run_that_is_asked_to_end_does_so_with_a_checkpoint(small, tmp_path, c
     assert step == len(logged(tmp_path / "run")) < 500
     assert not (tmp_path / "run/report.md").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["training"]["max_minutes"] is None  # the next part of the run has its own
 
 
 def test_a_validation_that_was_ended_is_done_again(small, tmp_path, monkeypatch):
@@ -360,6 +362,14 @@ def test_a_loader_process_that_dies_ends_the_run(tmp_path, shell, monkeypatch):
         for _ in shell.batches(crops, 1):
             shell.finish({})
     assert read_checkpoint(tmp_path / "last.pt") == dict(step=1)
+
+
+def test_a_log_that_cannot_be_opened_is_one_sentence(tmp_path):
+    state = SimpleNamespace(step=0, seen=0, total=6, checkpoint=lambda: dict(step=0))
+    (tmp_path / "metrics.jsonl").mkdir()
+    words = "metrics.jsonl could not be written"
+    with pytest.raises(runs.RunError, match=words), runs.Run(tmp_path, runs.Stop(), "") as run:
+        run.start(state, "shell")
 
 
 def test_a_bug_leaves_a_checkpoint_and_its_traceback(tmp_path, shell):
