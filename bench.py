@@ -1,9 +1,8 @@
-"""Time and memory of one IRPO step, of AdaIR's forward and of mining, each against the same thing
+"""Time and memory of one IRPO step, and of AdaIR's forward, each against the same thing
 written plainly.
 
     python bench.py                  a step, its parts and inference; the demo model
     python bench.py --model paper    the same at the published size, random weights
-    python bench.py mining           images per second of hard mining
 
 Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of
 medians. Figures of two runs, and of two machines, cannot be compared.
@@ -28,13 +27,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import mining
 import runs
 import train
 from config import DEMO_MODEL, parse
-from data import EMBEDDED_TRAIN, DataError, list_embedded, list_training, load_pair
+from data import EMBEDDED_TRAIN, DataError, list_embedded
 from grpo import group_advantages, grpo_loss, rollout, supervised_losses, total_loss
-from metrics import psnr
 from model import (
     AFLB,
     AdaIR,
@@ -46,7 +43,6 @@ from model import (
     LayerNorm,
     Resample,
     load_adair,
-    restore,
 )
 from rewards import Reward, parse_terms
 
@@ -57,7 +53,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 class Config:
     """Measure."""
 
-    what: tyro.conf.Positional[Literal["both", "step", "inference", "mining"]] = "both"
+    what: tyro.conf.Positional[Literal["both", "step", "inference"]] = "both"
     """both: step and inference"""
     model: Literal["demo", "paper"] = "demo"
     """paper: Table 6's size, random weights"""
@@ -73,10 +69,6 @@ class Config:
     """bf16: autocast on our side alone; fp64: of both backbones"""
     sizes: tuple[int, ...] = (256, 512)
     """px a side, of inference"""
-    data_root: str | None = None
-    """images, of mining; without it, the embedded photographs"""
-    images: int = 35
-    """how many, of mining"""
     repeats: int = 5
     """timings of which the median is taken"""
     seed: int = 0
@@ -85,13 +77,11 @@ class Config:
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    counts = dict.fromkeys(("group_size", "batch_size", "images", "repeats"), "[1, inf)")
+    counts = dict.fromkeys(("group_size", "batch_size", "repeats"), "[1, inf)")
     runs.check_ranges(config, **counts, crop="[16, 300]", seed="[0, 2147483647]")
     runs.check_multiple_of_8("--crop", config.crop)
     runs.check_multiple_of_8("--sizes", *config.sizes)
     runs.check_device(config.device)
-    if config.what == "mining" and config.dtype != "fp32":
-        raise runs.RunError("mining is measured in fp32")
 
 
 # ------------------------------------------------------------------------- AdaIR, written plainly
@@ -467,32 +457,6 @@ def bench_inference(config):
         print(f"{memory[0]:.0f} MiB; largest difference {difference:.1e}")
 
 
-def bench_mining(config):
-    """mining.mine against a loop that takes image after image, with our AdaIR and the plain one."""
-    model = build(config)
-    plain = plain_adair(model)
-    samples, _, _ = list_training(config.data_root)
-    samples = samples[:: max(1, len(samples) // config.images)][: config.images]
-    pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
-
-    def one_by_one(net):
-        pairs = map(load_pair, samples)
-        return [psnr(restore(net, degraded), gt) for degraded, gt in pairs]
-
-    def mine():
-        rows, _ = mining.mine(partial(restore, model), samples, pixels=pixels)
-        return [row["psnr"] for row in rows]
-
-    found = mine()
-    for net, name in ((model, "our AdaIR"), (plain, "plain AdaIR")):
-        difference = max(abs(a - b) for a, b in zip(found, one_by_one(net)))
-        print(f"  PSNRs against a loop with {name}: largest difference {difference:.1e} dB")
-    functions = mine, partial(one_by_one, model), partial(one_by_one, plain)
-    ours, loop, plainly = seconds(functions, config.repeats, config.device)
-    print(f"  {len(samples)} images: {len(samples) / ours:.2f} a second")
-    print(f"  loop / ours {loop / ours:.2f}, plain loop / ours {plainly / ours:.2f}")
-
-
 def run_program(argv):
     """The program with these flags."""
     config = runs.flags(Config, "bench.py", __doc__, argv)
@@ -501,16 +465,16 @@ def run_program(argv):
     threads = f"{torch.get_num_threads()} CPU threads"
     where = torch.cuda.get_device_name(config.device) if gpu else threads
     how = f"{config.dtype}{' (plain: fp32)' if config.dtype == 'bf16' else ''}, {where}"
-    kinds = ["step", "inference"] if config.what == "both" else [config.what]
-    for kind in kinds:
-        print(f"{kind}: model {config.model}, {how}, torch {torch.__version__}", end=", ")
-        print(f"seed {config.seed}, {config.repeats} repeats", flush=True)
-        globals()[f"bench_{kind}"](config)
+    benches = dict(step=bench_step, inference=bench_inference)
+    for name, bench in benches.items():
+        if config.what in (name, "both"):
+            print(f"{name}: model {config.model}, {how}, torch {torch.__version__}", end=", ")
+            print(f"seed {config.seed}, {config.repeats} repeats", flush=True)
+            bench(config)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    return runs.program("bench.py", lambda: run_program(argv), (DataError, CheckpointError))
+    return runs.program("bench.py", run_program, argv, (DataError, CheckpointError))
 
 
 if __name__ == "__main__":

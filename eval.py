@@ -310,16 +310,16 @@ def restore_photos(config):
     print(f"restored {len(photos)} photo(s) into {out}")
 
 
+def run_program(argv):
+    """The program with these flags."""
+    if argv[:1] == ["restore"]:
+        restore_photos(runs.flags(Restore, "eval.py restore", __doc__, argv[1:]))
+    else:
+        benchmark(runs.flags(Benchmark, "eval.py", __doc__, argv))
+
+
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    photos = argv[:1] == ["restore"]
-    what, function = (Restore, restore_photos) if photos else (Benchmark, benchmark)
-    name = "eval.py restore" if photos else "eval.py"
-
-    def run_program():
-        function(runs.flags(what, name, __doc__, argv[1:] if photos else argv))
-
-    return runs.program("eval.py", run_program, ERRORS)
+    return runs.program("eval.py", run_program, argv, ERRORS)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,7 @@ def run_program(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    return runs.program("inventory.py", lambda: run_program(argv), (DataError,))
+    return runs.program("inventory.py", run_program, argv, (DataError,))
 
 
 if __name__ == "__main__":

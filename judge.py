@@ -605,8 +605,9 @@ def end_with(parent):
             sys.exit("the process that started the judge is gone")
 
 
-def score_all(config):
+def score_all(argv):
     """Reads requests and writes scores until the input ends. Returns the exit code."""
+    config = runs.flags(Config, "judge.py", __doc__, argv)
     check(config)
     config.dtype = config.dtype or ("bf16" if runs.on_gpu(config.device) else "fp32")
     replies = os.fdopen(os.dup(1), "w")
@@ -642,8 +643,7 @@ def score_all(config):
 
 
 def main(argv=None):
-    config = runs.flags(Config, "judge.py", __doc__, argv)
-    return runs.program("judge.py", lambda: score_all(config), (JudgeError, DataError))
+    return runs.program("judge.py", score_all, argv, (JudgeError, DataError))
 
 
 # ------------------------------------------------------------------------------ the trainer's side

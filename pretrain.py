@@ -247,8 +247,7 @@ def run_program(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    return runs.program("pretrain.py", lambda: run_program(argv), (DataError, CheckpointError))
+    return runs.program("pretrain.py", run_program, argv, (DataError, CheckpointError))
 
 
 if __name__ == "__main__":

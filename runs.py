@@ -41,14 +41,15 @@ class Stopped(Exception):  # noqa: N818 (no error: the user asked for it)
 # ------------------------------------------------------------------------------- a program's flags
 
 
-def program(name, function, errors=()):
-    """Runs function(), a program called `name`; returns its exit code.
+def program(name, function, argv=None, errors=()):
+    """Runs function(argv), a program called `name`, with its flags, those of the command line by
+    default; returns its exit code.
 
     What the user can mend (RunError, `errors`, files that cannot be read or written, memory that
     runs out) becomes one sentence on standard error and exit code 2.
     """
     try:
-        return function()
+        return function(sys.argv[1:] if argv is None else argv)
     except (RunError, *errors) as error:
         message = str(error)
     except OSError as error:  # a folder that cannot be written, a full disk

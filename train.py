@@ -482,6 +482,8 @@ Command: `{config.command}`
 
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
+    if argv[:1] == ["pretrain"]:
+        raise runs.RunError("pre-training is a program of its own, pretrain.py")
     config = parse(argv)
     config.device = runs.join(config.device)
     config.out = runs.gather(config.out)[0]  # its default has the time in it
@@ -497,11 +499,7 @@ def run_program(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["pretrain"]:
-        print("train.py: pre-training is a program of its own, pretrain.py", file=sys.stderr)
-        return 2
-    return runs.program("train.py", lambda: run_program(argv), ERRORS)
+    return runs.program("train.py", run_program, argv, ERRORS)
 
 
 if __name__ == "__main__":

@@ -153,9 +153,7 @@ def test_cpu_and_gpu_agree(monkeypatch):
 # -------------------------------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("what", ["inference", "mining"])
-def test_the_command_runs(what, capsys):
+def test_the_command_runs(capsys):
     """The step is timed above."""
-    assert bench.main([what, *"--repeats 1 --sizes 64 --images 1".split()]) is None
-    words = {"inference": "plain / ours", "mining": "loop / ours"}
-    assert words[what] in capsys.readouterr().out
+    assert bench.main("inference --repeats 1 --sizes 64".split()) is None
+    assert "plain / ours" in capsys.readouterr().out
