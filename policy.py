@@ -180,8 +180,8 @@ def observe(f, y):
     image; detached, float32.
 
     Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to
-    (B n, 1, GRID, GRID): few inputs, as with Adam every one of them adds to how far a head moves in
-    one step. The FFT is orthonormal, since under the norm "forward" of the masks |F| is so small
+    (B n, 1, GRID, GRID). It has few inputs because under Adam every input adds to how far a head
+    moves in one step. The FFT is orthonormal, since under the norm "forward" of the masks |F| is so small
     that the logarithm would do nothing.
     Fuse state: the latent pooled to (B n, C, 1, 1) and compressed by sign·log(1 + |·|), whatever
     its scale.

@@ -154,7 +154,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             old, *_ = policy.evaluate(group.states, group.actions)  # log π_old
             ref, *_ = reference.evaluate(group.states, group.actions)
         metrics = describe(batch, scores, terms, best, mean, judge)
-        for _ in range(config.policy.inner_epochs):  # once more, and the clip can bind
+        for _ in range(config.policy.inner_epochs):  # above 1 the clip can bind
             log_prob, entropy, statistics = policy.evaluate(group.states, group.actions)
             exact = policy.kl(reference, group.states) if config.policy.kl == "exact" else None
             given = log_prob, old, ref, advantages, entropy
@@ -166,7 +166,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             loss.backward()
             metrics |= {"loss/sup": loss_sup, "loss/cons": loss_cons, **learned, **statistics}
             metrics |= run.step(state.optimizer, loss)
-            loss_sup, loss_cons = loss_sup.detach(), loss_cons.detach()  # the backbone learns once
+            loss_sup, loss_cons = loss_sup.detach(), loss_cons.detach()  # again: the heads alone
 
         run.finish(metrics)
     return state
