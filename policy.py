@@ -179,11 +179,13 @@ def observe(f, y):
     """What the heads see of an AFLB's inputs f (B, C, H, W) and y (B n, C, H, W), n latents per
     image; detached, float32.
 
-    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to (B
-    n, 1, GRID, GRID). It has few inputs because under Adam every input adds to how far a head moves
-    in one step. The FFT is orthonormal, since under the norm "forward" of the masks |F| is so small
-    that the logarithm would do nothing. Fuse state: the latent pooled to (B n, C, 1, 1) and
-    compressed by sign·log(1 + |·|), whatever its scale.
+    Rate state: the centred magnitude spectrum of the image's features, log(1 + |F|), pooled to
+    (B n, 1, GRID, GRID). It has few inputs because under Adam every input adds to how far a head
+    moves in one step. The FFT is orthonormal, since under the norm "forward" of the masks |F| is so
+    small that the logarithm would do nothing.
+
+    Fuse state: the latent pooled to (B n, C, 1, 1) and compressed by sign·log(1 + |·|), whatever
+    its scale.
     """
     f, y = f.detach().float(), y.detach().float()
     spectrum = torch.fft.fftshift(torch.fft.fft2(f, norm="ortho").abs(), dim=(-2, -1)).log1p()
