@@ -274,6 +274,12 @@ def size_problem(sample, degraded, gt):
     return f"{sample.degraded} is {sizes}"
 
 
+def side_problem(sample, width, height, min_side):
+    """The sentence about an image with fewer px a side than a crop; "" if it has enough."""
+    size = f"{width}×{height} px, smaller than the crop of {min_side}"
+    return f"{sample.gt} is {size}" if min(width, height) < min_side else ""
+
+
 def problem_of(sample, min_side=8, decode=True):
     """What makes a sample unusable, in a sentence; "" if nothing.
 
@@ -291,10 +297,7 @@ def problem_of(sample, min_side=8, decode=True):
     if degraded != gt:
         return size_problem(sample, degraded, gt)
     left, top, right, bottom = sample.box or (0, 0, *gt)
-    if min(right - left, bottom - top) < min_side:
-        size = f"{right - left}×{bottom - top} px"
-        return f"{sample.gt} is {size}, smaller than the crop of {min_side}"
-    return ""
+    return side_problem(sample, right - left, bottom - top, min_side)
 
 
 def split_usable(samples, min_side=8, decode=True, mapper=None):
@@ -633,8 +636,8 @@ class Crops(torch.utils.data.Dataset):
 
     def corner(self, sample, image, rng):
         height, width = image.shape[1:]
-        if min(height, width) < self.crop:
-            raise DataError(f"{sample.gt} is {width}×{height} px, smaller than the crop")
+        if problem := side_problem(sample, width, height, self.crop):
+            raise DataError(problem)
         return rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
 
     def fresh_crop(self, sample, rng, margin=16):

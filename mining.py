@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from data import DataError, image_size, load_pair, problem_of
+from data import DataError, image_size, load_pair, problem_of, side_problem
 from metrics import psnr
 from runs import RunError, load_json, parallel_map, save_json, say
 
@@ -67,10 +67,8 @@ def score(restore, samples, min_side):
         rows.append(dict(task=sample.task, name=sample.name))
         try:
             degraded, gt = load_pair(sample)
-            width, height = gt.shape[:0:-1]
-            if min(width, height) < min_side:
-                size = f"{width}×{height} px, smaller than the crop of {min_side}"
-                raise DataError(f"{sample.gt} is {size}")
+            if problem := side_problem(sample, *gt.shape[:0:-1], min_side):
+                raise DataError(problem)
             pairs.append((rows[-1], degraded, gt))
             rows[-1]["stamp"] = stamp_of(sample)
         except (DataError, OSError) as error:
@@ -151,24 +149,32 @@ def witnesses(samples):
     return {path: file_digest(path) for path in chosen}
 
 
-def save_hard(path, digest, rows, chosen, hard):
-    """Writes hard.json: the model's hash, every image's score, which were selected."""
+def selected(rows, samples):
+    """The samples whose rows are selected. Raises KeyError where one is gone."""
+    by_name = {(s.task, s.name): s for s in samples}
+    return [by_name[row["task"], row["name"]] for row in rows if row.get("selected")]
+
+
+def save_hard(path, digest, rows, chosen, samples):
+    """Writes hard.json: the model's hash, every image's score, which were selected. Returns the
+    samples that were."""
     for i in chosen:
         rows[i]["selected"] = True
+    hard = selected(rows, samples)
     save_json(path, dict(model=digest, files=witnesses(hard), rows=rows))
+    return hard
 
 
 def load_hard(path, digest, samples):
     """The hard samples of a run that goes on. Raises RunError where the model is another, or some
     of its images are gone or have changed."""
     stored = load_json(path)
-    by_name = {(s.task, s.name): s for s in samples}
-    names = [(row["task"], row["name"]) for row in stored["rows"] if row.get("selected")]
-    same = stored["model"] == digest and all(name in by_name for name in names)
-    hard = [by_name[name] for name in names] if same else []
-    if not same or witnesses(hard) != stored["files"]:
-        folder = os.path.dirname(path)
-        raise RunError(
-            f"the training images or the model changed since {folder} began: start a new run"
-        )
+    try:
+        hard = selected(stored["rows"], samples)
+        same = stored["model"] == digest and stored["files"] == witnesses(hard)
+    except (KeyError, FileNotFoundError):
+        same = False
+    if not same:
+        changed = f"the training images or the model changed since {os.path.dirname(path)} began"
+        raise RunError(f"{changed}: start a new run")
     return hard

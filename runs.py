@@ -262,9 +262,9 @@ def average_gradients(parameters, loss):
 
     All processes have gradients of the same parameters.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
     if processes() == 1:
         return loss
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in gradients)])
     with collective():
         dist.all_reduce(flat)

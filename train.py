@@ -211,10 +211,7 @@ def hard_samples(config, run, pretrained, samples):
             raise DataError(f"none of the training images of {where} {crops}")
         choice = config.samples.hard_ratio, config.samples.select, config.samples.hard_scope
         chosen = mining.select(rows, *choice, config.seed)
-        names = [(rows[i]["task"], rows[i]["name"]) for i in chosen]
-        by_name = {(s.task, s.name): s for s in samples}
-        hard = [by_name[name] for name in names]
-        mining.save_hard(path, digest, rows, chosen, hard)
+        hard = mining.save_hard(path, digest, rows, chosen, samples)
         runs.same_everywhere("set of hard images", names_digest(hard))
     how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
     runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
