@@ -305,9 +305,7 @@ class TimedRun(runs.Run):
     step. loss and gradient are those of the first.
     """
 
-    def __init__(
-        self, folder, device, repeats, dtype=torch.float32, rivals=lambda state, batch: []
-    ):
+    def __init__(self, folder, device, repeats, dtype, rivals):
         super().__init__(folder, runs.Stop(), "", device, save_every=1 << 60)
         self.repeats, self.dtype, self.rivals = repeats, dtype, rivals
         self.peaks = []
@@ -342,14 +340,17 @@ class TimedRun(runs.Run):
         return [statistics.median(taken[1:]) for taken in self.times]
 
 
-def time_step(config, model, crop, group_size, rivals=lambda state, batch: []):
+def time_step(config, model, rivals):
     """The loop of `train.post_train` at rates of 0, on real crops: the TimedRun, when it is
     over."""
     flags = ["--lr", 0, "--hard-ratio", 1, "--device", config.device, "--seed", config.seed]
-    flags += ["--crop", crop, "--group-size", group_size, "--batch-size", config.batch_size]
+    flags += ["--crop", config.crop, "--group-size", config.group_size]
+    flags += ["--batch-size", config.batch_size]
     flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
     flags = parse([str(flag) for flag in flags])
-    samples = list_embedded(EMBEDDED_TRAIN, tile=crop)[::9]  # of one crop each: mined in no time
+    samples = list_embedded(EMBEDDED_TRAIN, tile=config.crop)[
+        ::9
+    ]  # of one crop each: mined in no time
     reward = Reward(parse_terms("default"), config.device)
     dtype = model.output.weight.dtype
     with tempfile.TemporaryDirectory() as folder:
@@ -416,7 +417,7 @@ def bench_step(config):
         found["step"], found["zero"] = step_plainly, optimizer.zero_grad
         return step_plainly, encode, decode_group, decode_pair
 
-    run = time_step(config, build(config), config.crop, config.group_size, rivals)
+    run = time_step(config, build(config), rivals)
     found["zero"]()
     peaks = [run.peaks[0], memory_of(found["step"], config.device)]
     whole, worst, name = distance(run.gradient, found["gradient"])
