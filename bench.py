@@ -30,7 +30,7 @@ import tyro
 import runs
 import train
 from config import DEMO_MODEL, parse
-from data import EMBEDDED_TRAIN, DataError, list_embedded
+from data import DataError, in_draws, list_training
 from grpo import group_advantages, grpo_loss, rollout, supervised_losses, total_loss
 from model import (
     AFLB,
@@ -58,7 +58,7 @@ class Config:
     model: Literal["demo", "paper"] = "demo"
     """paper: Table 6's size, random weights"""
     crop: int = 128
-    """px a side, of the step; 16 to 300"""
+    """px a side, of the step; 16 to 256"""
     group_size: int = 4
     """G, of the step"""
     batch_size: int = 1
@@ -78,7 +78,7 @@ class Config:
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
     counts = dict.fromkeys(("group_size", "batch_size", "repeats"), "[1, inf)")
-    runs.check_ranges(config, **counts, crop="[16, 300]", seed="[0, 2147483647]")
+    runs.check_ranges(config, **counts, crop="[16, 256]", seed="[0, 2147483647]")
     runs.check_multiple_of_8("--crop", config.crop)
     runs.check_multiple_of_8("--sizes", *config.sizes)
     runs.check_device(config.device)
@@ -189,7 +189,7 @@ def plain_step(state, reward, batch, config, actions):
     """The step of `train.post_train` with these actions (B, G, 3, 4), written plainly: every
     rollout a forward of its own with graph, every image rewarded by itself. Leaves gradients;
     returns the loss."""
-    model, policy = state.model, state.policy
+    model, policy = state.live.values()
     states, scores, best, deterministic = [], [], [], []
     for b in range(len(batch.gt)):
         one = slice(b, b + 1)
@@ -324,11 +324,11 @@ class TimedRun(runs.Run):
             with stopwatch(device, self.times[0]):
                 yield batch
             if turn == 0:
-                self.gradient = gradients(state.model, state.policy)
+                self.gradient = gradients(*state.live.values())
             for rival, taken in zip(rivals, self.times[1:]):
                 with stopwatch(device, taken):
                     rival()
-        state.model.zero_grad(), state.policy.zero_grad()
+        state.live.zero_grad()
         with peak_memory(device, self.peaks):
             yield batch
 
@@ -348,9 +348,8 @@ def time_step(config, model, rivals):
     flags += ["--batch-size", config.batch_size]
     flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
     flags = parse([str(flag) for flag in flags])
-    samples = list_embedded(EMBEDDED_TRAIN, tile=config.crop)[
-        ::9
-    ]  # of one crop each: mined in no time
+    tiles = in_draws(list_training(None).train, 6, config.crop)
+    samples = tiles[::9]  # of little more than a crop each: mined in no time
     reward = Reward(parse_terms("default"), config.device)
     dtype = model.output.weight.dtype
     with tempfile.TemporaryDirectory() as folder:
@@ -382,36 +381,37 @@ def bench_step(config):
     found = {}
 
     def rivals(reward, flags, state, batch):
-        plain = copy.copy(state)
-        plain.model, plain.policy = plain_adair(state.model), copy.deepcopy(state.policy)
-        groups = [plain.policy.parameters(), plain.model.parameters()]
+        plain, (model, policy) = copy.copy(state), state.live.values()
+        both = dict(model=plain_adair(model), policy=copy.deepcopy(policy))
+        plain.live = torch.nn.ModuleDict(both)
+        groups = [module.parameters() for module in both.values()]
         optimizer = torch.optim.Adam([dict(params=p, lr=0.0) for p in groups], fused=True)
         half = partial(train.half_precision, flags)
         with torch.no_grad(), half():
-            encoding = state.model.encode(batch.degraded)
+            encoding = model.encode(batch.degraded)
             generators = train.action_generators(flags, batch.numbers)
-            group = rollout(state.model, state.policy, encoding, config.group_size, generators)
+            group = rollout(model, policy, encoding, config.group_size, generators)
 
         def step_plainly():
             optimizer.zero_grad()
             found["loss"] = plain_step(plain, reward, batch, flags, group.actions).item()
-            found.setdefault("gradient", gradients(plain.model, plain.policy))
+            found.setdefault("gradient", gradients(*plain.live.values()))
             optimizer.step()
 
         def encode():
-            state.model.zero_grad()
+            model.zero_grad()
             with half():
-                code = state.model.encode(batch.degraded)
+                code = model.encode(batch.degraded)
             torch.autograd.backward(code[1:], [torch.ones_like(t) for t in code[1:]])
 
         def decode_group():
             with torch.no_grad(), half():
-                state.model.decode(encoding, state.policy.mean(), copies=config.group_size)
+                model.decode(encoding, policy.mean(), copies=config.group_size)
 
         def decode_pair():
-            state.model.zero_grad()
+            model.zero_grad()
             with half():
-                restored = state.model.decode(encoding, state.policy.mean(), copies=2)
+                restored = model.decode(encoding, policy.mean(), copies=2)
             restored.mean().backward()
 
         found["step"], found["zero"] = step_plainly, optimizer.zero_grad

@@ -22,12 +22,17 @@ DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 
 # What a preset decides where no flag does: (demo, paper).
 PRESETS = {
-    "steps": (200, 0),
+    "draws": (6, 1),
+    "crop": (96, 128),
+    "steps": (120, 0),
     "epochs": (0, 30),
-    "batch_size": (1, 1),
-    "lr": (1e-5, 3e-5),
-    "head_lr_factor": (600.0, 6.0),
-    "eval_every": (100, 5000),
+    "batch_size": (4, 1),
+    "lr": (3e-5, 3e-5),
+    "head_lr_factor": (70.0, 6.0),
+    "warm_up": (10, 0),
+    "schedule": ("linear", "constant"),
+    "ema": (0.97, 0.0),
+    "eval_every": (30, 5000),
     "save_every": (50, 500),
     "rewards": ("default", "paper"),
 }
@@ -38,7 +43,7 @@ class Samples:
     """which images are trained on: D_hard, Sec. 3.2"""
 
     data_root: str | None = None
-    """AdaIR's data folder, or a folder of photos; without it, photographs inside scikit-image"""
+    """AdaIR's data folder, or a folder of photos; without it, the demo's photographs"""
     tasks: tuple[Literal[TASK_WORDS], ...] = ()
     """tasks to train on: denoise derain dehaze is Table 7, one alone Table 1; without it, all"""
     listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
@@ -52,8 +57,11 @@ class Samples:
     scores: tuple[str, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files"""
-    crop: int = 128
-    """px, a multiple of 8, Table 6"""
+    draws: int | None = None
+    """draws of every degradation per photo, each on a tile of its own; pairs and AdaIR's folders
+    stay as they are (preset demo: 6, paper: 1)"""
+    crop: int | None = None
+    """px, a multiple of 8 (preset demo: 96, paper: 128, Table 6)"""
     workers: int | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
 
@@ -63,22 +71,29 @@ class Training:
     """how long and how fast: Table 6"""
 
     steps: int | None = None
-    """updates; 0: by --epochs (preset demo: 200)"""
+    """updates; 0: by --epochs (preset demo: 120)"""
     epochs: int | None = None
     """passes over D_hard (preset paper: 30)"""
     batch_size: int | None = None
-    """images per update and process, each with a group of its own (both presets: 1)"""
+    """images per update and process, each with a group of its own (preset demo: 4, paper: 1)"""
     lr: float | None = None
-    """Adam's rate for the backbone (preset demo: 1e-5, paper: 3e-5)"""
+    """Adam's rate for the backbone (both presets: 3e-5, Table 6)"""
     head_lr_factor: float | None = None
-    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates (preset demo: 600, paper:
+    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates (preset demo: 70, paper:
     6)"""
+    warm_up: int | None = None
+    """updates in which the rates rise from 0 (preset demo: 10, paper: 0)"""
+    schedule: Literal["constant", "linear"] | None = None
+    """the rates after that; linear: falling to 0 (preset demo: linear, paper: constant)"""
+    ema: float | None = None
+    """decay of the averaged weights, which are what is measured and kept; 0: the last ones (preset
+    demo: 0.97, paper: 0)"""
     freeze_backbone: bool = False
     """train the heads alone, without Eq. 1 and 2"""
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
     eval_every: int | None = None
-    """steps between validations, which choose best.pt (preset demo: 100, paper: 5000)"""
+    """steps between validations, which choose best.pt (preset demo: 30, paper: 5000)"""
     save_every: int | None = None
     """steps between checkpoints, last.pt (preset demo: 50, paper: 500)"""
     keep_every: int = 0
@@ -105,6 +120,8 @@ class Policy:
     """Eq. 11, or the closed form"""
     inner_epochs: int = 1
     """updates of the heads per group; above 1 the clip can bind"""
+    shuffle_advantages: bool = False
+    """the control of RL: advantages in random order within each group; g* stays the best"""
     mask_rule: Literal["fraction", "adair"] = "fraction"
     """how rates become masks; under adair they do nothing at 128 px"""
 
@@ -191,7 +208,8 @@ def fill(config):
     if config.training.epochs and config.training.steps is None:
         config.training.steps = 0  # whoever names epochs means epochs
     for name, values in PRESETS.items():
-        group = config.scoring if name == "rewards" else config.training
+        groups = config.samples, config.training, config.scoring
+        group = next(group for group in groups if hasattr(group, name))
         if getattr(group, name) is None:
             setattr(group, name, values[config.preset == "paper"])
     name = f"{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
@@ -259,10 +277,12 @@ def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
     training, expert = config.training, config.expert
     runs.check_ranges(config, seed="[0, 2147483647]")
-    runs.check_ranges(config.samples, hard_ratio="(0, 1]", workers="[0, 256]")
+    runs.check_ranges(config.samples, hard_ratio="(0, 1]", draws="[1, 1000]", workers="[0, 256]")
     runs.check_ranges(
         training,
         **dict.fromkeys(("steps", "epochs", "lr", "head_lr_factor", "keep_every"), "[0, inf)"),
+        warm_up="[0, inf)",
+        ema="[0, 1)",
         **dict.fromkeys(("batch_size", "eval_every", "save_every"), "[1, inf)"),
         max_minutes="(0, inf)",
     )

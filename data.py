@@ -14,14 +14,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from scipy.ndimage import distance_transform_edt
 
 from degradations import blur, gaussian_noise, haze, low_light, rain
 
@@ -171,7 +170,6 @@ class Sample(NamedTuple):
     gt: str  # path of the clean image
     degraded: str = ""  # path of the degraded image
     box: tuple = ()  # (left, top, right, bottom): the part of the file that is meant; () is all
-    disparity: str = ""  # .npz with a disparity map of the whole file, for haze of true depth
 
 
 # ---------------------------------------------------------------------------------- reading images
@@ -226,24 +224,6 @@ def image_size(path):
         return image.size[::-1] if turned else image.size
 
 
-@cache
-def read_depth(path):
-    """The depth (H, W) in (0, 1] of a disparity map, 1 the farthest point."""
-    with np.load(path) as file:
-        disparity = file["arr_0"]
-    known = np.isfinite(disparity) & (disparity > 0)
-    nearest = distance_transform_edt(~known, return_distances=False, return_indices=True)
-    disparity = disparity[tuple(nearest)]  # fills what stereo missed
-    return (disparity.min() / disparity).astype(np.float32)
-
-
-def load_depth(sample):
-    """The depth (H, W) that goes with a sample of known disparity."""
-    depth = read_depth(sample.disparity)
-    left, top, right, bottom = sample.box or (0, 0, *depth.shape[::-1])
-    return torch.from_numpy(depth[top:bottom, left:right])
-
-
 def rng_of(seed, name, epoch):
     """The generator of what is random about one image in one epoch."""
     return np.random.default_rng((seed, zlib.crc32(name.encode()), epoch))
@@ -262,9 +242,8 @@ def load_pair(sample, seed=0, epoch=0):
             raise DataError(size_problem(sample, degraded.shape[:0:-1], gt.shape[:0:-1]))
         return degraded, gt
     rng = rng_of(seed, f"{sample.task}/{sample.name}", epoch)
-    rest = dict(depth=load_depth(sample)) if sample.disparity else {}
     try:
-        return TASKS[sample.task].degrade(gt, rng, **rest), gt
+        return TASKS[sample.task].degrade(gt, rng), gt
     except ValueError as error:
         raise DataError(f"{sample.gt} cannot be degraded ({error})") from None
 
@@ -461,7 +440,7 @@ def keep_listed(samples, path):
 
 
 def find_photos(folder, tasks=TASKS):
-    """Every photo of a plain folder (and below), once per task, all degradations synthesised.
+    """Photographs in a plain folder (and below), once per task, all degradations synthesised.
 
     Returns (samples, problems). Raises DataError for the folder of a data set: its degraded images
     are no truths.
@@ -488,27 +467,46 @@ def find_photos(folder, tasks=TASKS):
     return samples, problems
 
 
-EMBEDDED_TRAIN = ("astronaut.png", "coffee.png", "motorcycle_left.png")  # its right view: as left
-EMBEDDED_HELD_OUT = ("chelsea.png", "rocket.jpg")
+def in_draws(samples, draws, smallest):
+    """Photographs under several draws of their degradation, each on a part of its own: a box is cut
+    into `draws` tiles, fewer where they would have sides below `smallest` px."""
+    if draws == 1:
+        return samples
+    tiles = []
+    for s in samples:
+        if s.degraded or not s.box:  # of a data set, as it is
+            tiles.append(s)
+            continue
+        left, top, right, bottom = s.box
+        width, height = right - left, bottom - top
+        rows = max(1, min(round((draws * height / width) ** 0.5), height // smallest))
+        columns = max(1, min(draws // rows, width // smallest))
+        w, h = width // columns, height // rows
+        for k in range(rows * columns):
+            x, y = left + k % columns * w, top + k // columns * h
+            tiles.append(s._replace(name=f"{s.name}@{x},{y}", box=(x, y, x + w, y + h)))
+    return tiles
 
 
-def list_embedded(photos, tile=192, tasks=TASKS):
-    """Tiles of the photographs inside the scikit-image wheel, once per task. The motorcycle comes
-    with its true depth."""
-    import skimage.data
+# The demo's photographs: Kodak's 24 at half size. Fixed parts, by number.
+KODAK = Path(__file__).with_name("kodak")
+KODAK_HELD_OUT = (4, 8, 12, 16, 20, 24)  # to report on
+KODAK_VAL = (3, 9, 15, 21)  # to choose on
 
-    folder, samples = Path(skimage.data.__file__).parent, []
-    for photo in photos:
-        path = folder / photo
-        w, h = image_size(path)
-        depth = str(folder / "motorcycle_disp.npz") if path.stem == "motorcycle_left" else ""
-        for top in range((h % tile) // 2, h - tile + 1, tile):
-            for left in range((w % tile) // 2, w - tile + 1, tile):
-                box, name = (left, top, left + tile, top + tile), f"{path.stem}@{left},{top}"
-                for task in tasks:
-                    known = depth if TASKS[task].degrade is haze else ""
-                    samples.append(Sample(task, name, str(path), "", box, known))
-    return samples
+
+def list_kodak(tasks=TASKS):
+    """(train, val, held_out) of the demo's photographs; the held-out ones under two draws."""
+    samples, problems = find_photos(KODAK, tasks)
+    if problems or len({s.gt for s in samples}) != 24:
+        raise DataError(f"{KODAK} does not hold the demo's 24 photographs: clone the project anew")
+
+    def part(numbers):
+        return [s for s in samples if int(stem(s.gt)[-2:]) in numbers]
+
+    held_out = part(KODAK_HELD_OUT)
+    again = [s._replace(name=f"{s.name}#2") for s in held_out]  # the name seeds the draw
+    rest = {*range(1, 25)} - {*KODAK_VAL, *KODAK_HELD_OUT}
+    return part(rest), part(KODAK_VAL), held_out + again
 
 
 def set_aside(samples, most):
@@ -523,12 +521,22 @@ def set_aside(samples, most):
     return samples[:cut], samples[cut:]
 
 
-def list_training(root=None, val_images=12, tasks=(), listed=None):
-    """The training set and a validation part that is never trained on: (train, val, problems).
+class Split(NamedTuple):
+    """A data set in three parts, which share no image."""
 
-    root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the embedded
-    photographs. From a folder the last images of every task are set aside (`set_aside`); nothing is
-    known of one scene in the folders of two tasks. Of the embedded ones, whole photographs are.
+    train: list  # samples
+    val: list  # that choose best.pt
+    held_out: list  # that are looked at before and after
+    problems: list  # sentences on what is left out of training
+
+
+def list_training(root=None, aside=12, tasks=(), listed=None):
+    """The training set of a folder, and what is never trained on: a Split.
+
+    root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the demo's
+    photographs. From a folder the last images of every task are held out (`set_aside`, at most
+    `aside`), and of the rest the last ones, half as many, are for validation; nothing is known of
+    one scene in the folders of two tasks. Of the demo's photographs the parts are fixed.
     tasks: those to use, each of which must be there; without them, all that are there.
     listed: a file that names the images to use (`keep_listed`).
     Raises DataError when there is nothing to train on or nothing to set aside.
@@ -536,10 +544,9 @@ def list_training(root=None, val_images=12, tasks=(), listed=None):
     asked, tasks = tasks, tasks or TASKS
     if root is None:
         if listed:
-            hint = "but the photographs inside scikit-image are trained on"
+            hint = "but the demo's photographs are trained on"
             raise DataError(f"{listed} names files of a data folder, {hint}")
-        train, val = (list_embedded(p, tasks=tasks) for p in (EMBEDDED_TRAIN, EMBEDDED_HELD_OUT))
-        return train, val, []
+        return Split(*list_kodak(tasks), [])
     if not os.path.isdir(root):
         raise DataError(f"there is no folder {root}")
     in_layout = os.path.isdir(os.path.join(root, "Train"))
@@ -557,12 +564,35 @@ def list_training(root=None, val_images=12, tasks=(), listed=None):
     absent = [task for task in asked if task not in by_task]
     if absent:
         raise DataError(f"{root} has no training images for {', '.join(absent)}")
-    parts = [set_aside(by_task[task], val_images) for task in TASKS if task in by_task]
-    train, val = (sum(part, []) for part in zip(*parts))
-    if not val:
-        need = "at least two are needed, one of them to measure on"
-        raise DataError(f"{root} holds one image per task: {need}")
-    return train, val, problems
+    split = Split([], [], [], problems)
+    for of_task in (by_task[task] for task in TASKS if task in by_task):
+        rest, held_out = set_aside(of_task, aside)
+        train, val = set_aside(rest, max(1, len(held_out) // 2))
+        for part, found in zip(split, (train, val, held_out)):
+            part.extend(found)
+    if not split.val:
+        need = "at least three are needed, one to choose on and one to report on"
+        raise DataError(f"{root} holds two images per task or fewer: {need}")
+    return split
+
+
+def split_listed(samples, path):
+    """Splits samples into (train, val) by a text file: val are those of whose files one is named,
+    one path a line, by its last parts, as in Derain/rainy/rain-1.png.
+
+    Raises DataError for a line that names no file of theirs.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    listed = {PurePath(line.strip()).parts for line in lines if line.strip() and line[0] != "#"}
+    lengths, found, train, val = {len(parts) for parts in listed}, set(), [], []
+    for sample in samples:
+        files = [PurePath(file).parts for file in (sample.gt, sample.degraded) if file]
+        named = listed & {parts[-n:] for parts in files for n in lengths}
+        found |= named
+        (val if named else train).append(sample)
+    for parts in sorted(listed - found):
+        raise DataError(f"{path} names {'/'.join(parts)}, which is none of the training images")
+    return train, val
 
 
 def names_digest(samples):
@@ -591,18 +621,12 @@ class Crops(torch.utils.data.Dataset):
 
     Everything about crop n follows from (seed, n): a resumed run or one with other workers sees the
     same crops. An epoch is a permutation of the samples; an image keeps the degradation it was
-    mined with and only noise is drawn anew. For pre-training, `fresh` draws a new degradation for
-    every crop, and `cycle` names the tasks to draw in turn, real and synthesised pairs of a task in
-    equal parts. Raises DataError for a file that broke since it was checked.
+    mined with and only noise is drawn anew. Raises DataError for a file that broke since it was
+    checked.
     """
 
-    def __init__(self, samples, crop, seed, fresh=False, cycle=()):
+    def __init__(self, samples, crop, seed):
         self.samples, self.crop, self.seed = samples, crop, seed
-        self.fresh, self.cycle = fresh, cycle
-        self.kinds = defaultdict(lambda: ([], []))  # task -> (synthesised, real)
-        for s in samples:
-            self.kinds[s.task][bool(s.degraded)].append(s)
-        self.kinds = dict(self.kinds)
 
     def order(self, epoch):
         """Which sample each crop of an epoch is cut from; the last one asked for is kept."""
@@ -611,49 +635,24 @@ class Crops(torch.utils.data.Dataset):
             self._order = epoch, rng.permutation(len(self.samples))
         return self._order[1]
 
-    def sample(self, n, rng):
-        """What crop number n is cut from."""
-        if not self.cycle:
-            epoch, position = divmod(n, len(self.samples))
-            return self.samples[self.order(epoch)[position]]
-        kinds = [kind for kind in self.kinds[self.cycle[n % len(self.cycle)]] if kind]
-        kind = kinds[rng.integers(len(kinds))]
-        return kind[rng.integers(len(kind))]
-
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
-        sample, epoch = self.sample(n, rng), n // len(self.samples)
-        if self.fresh and not sample.degraded:
-            degraded, gt = self.fresh_crop(sample, rng)
-        else:
-            anew = TASKS[sample.task].is_drawn_anew
-            degraded, gt = load_pair(sample, *((self.seed + 1, epoch) if anew else (0, 0)))
-            top, left = self.corner(sample, gt, rng)
-            window = (slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
-            degraded, gt = degraded[window], gt[window]
+        epoch, position = divmod(n, len(self.samples))
+        sample = self.samples[self.order(epoch)[position]]
+        anew = TASKS[sample.task].is_drawn_anew
+        degraded, gt = load_pair(sample, *((self.seed + 1, epoch) if anew else (0, 0)))
+        top, left = self.corner(sample, gt, rng)
+        window = (slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
         flips = [d for d in (1, 2) if rng.random() < 0.5]
-        return degraded.flip(flips), gt.flip(flips), sample.task, sample.name, n
+        degraded, gt = degraded[window].flip(flips), gt[window].flip(flips)
+        return degraded, gt, sample.task, sample.name, n
 
     def corner(self, sample, image, rng):
+        """Where a crop of an image (3, H, W) begins: (top, left)."""
         height, width = image.shape[1:]
         if problem := side_problem(sample, width, height, self.crop):
             raise DataError(problem)
         return rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
-
-    def fresh_crop(self, sample, rng, margin=16):
-        """A crop under a degradation of its own."""
-        gt = read_image(sample.gt, sample.box)
-        top, left = self.corner(sample, gt, rng)
-        up, back = max(top - margin, 0), max(left - margin, 0)  # context for blur and streaks
-        bottom, right = top + self.crop + margin, left + self.crop + margin
-        around = gt[:, up:bottom, back:right]
-        # Photographs are well exposed: without dark truths, whatever is dark looks degraded.
-        if TASKS[sample.task].degrade is not low_light:
-            around = around ** rng.choice((1.0, rng.uniform(0.6, 2.0)))
-        degraded = TASKS[sample.task].degrade(around, rng)
-        rows, columns = slice(top - up, None), slice(left - back, None)
-        inner = (slice(None), rows, columns)
-        return tuple(t[inner][:, : self.crop, : self.crop] for t in (degraded, around))
 
     @staticmethod
     def collate(items):

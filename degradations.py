@@ -5,11 +5,13 @@ Each takes a clean image (3, H, W) in [0, 1] and a numpy generator and returns t
 the same shape, in 8-bit steps. The result depends on the image and the generator's state alone.
 """
 
+import io
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 
 def quantise(image):
@@ -32,6 +34,19 @@ def low_light(gt, rng):
     shot, read = rng.uniform(0.005, 0.02), rng.uniform(0.002, 0.008)
     noise = torch.from_numpy(rng.standard_normal(gt.shape, dtype=np.float32))
     return quantise(dark + noise * (shot**2 * dark + read**2).sqrt())
+
+
+def camera(gt, rng):
+    """What a camera leaves on a good photograph: weak noise, more of it in bright parts and alike
+    in neighbouring pixels, then JPEG. For pre-training."""
+    shot, read = rng.uniform(0, 0.03), rng.uniform(0, 0.01)
+    noise = torch.from_numpy(rng.standard_normal(gt.shape, dtype=np.float32))
+    smooth = convolve(noise, disk_kernel(rng.uniform(0.4, 1.2)))
+    noisy = quantise(gt + smooth / smooth.std() * (shot**2 * gt + read**2).sqrt())
+    file = io.BytesIO()
+    pixels = (noisy * 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=int(rng.integers(75, 100)))
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
 
 
 # -------------------------------------------------------------------------------------------- blur
@@ -101,14 +116,18 @@ def smooth_field(rng, height, width, cell=96):
     return field[top : top + height, left : left + width].clamp(0, 1)
 
 
-def haze(gt, rng, depth=None):
+def scatter(gt, depth, beta, light):
     """The scattering model I = J·t + A(1 − t), t = exp(−β·depth).
 
-    depth: (H, W) in [0, 1]; without it, a smooth random one.
+    depth: (H, W); light: A, three numbers.
     """
-    beta, light = rng.uniform(0.8, 2.2), rng.uniform(0.7, 1.0) + rng.uniform(-0.03, 0.03, 3)
-    if depth is None:
-        depth = 0.3 + 0.7 * smooth_field(rng, *gt.shape[1:])
     t = torch.exp(-beta * depth)
     light = torch.tensor(light, dtype=torch.float32).clamp(max=1)[:, None, None]
     return quantise(gt * t + light * (1 - t))
+
+
+def haze(gt, rng):
+    """Scattering under a smooth random depth."""
+    beta, light = rng.uniform(0.8, 2.2), rng.uniform(0.7, 1.0) + rng.uniform(-0.03, 0.03, 3)
+    depth = 0.3 + 0.7 * smooth_field(rng, *gt.shape[1:])
+    return scatter(gt, depth, beta, light)

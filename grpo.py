@@ -81,6 +81,14 @@ def group_advantages(rewards, eps=1e-6):
     return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
+def shuffled(advantages, generators):
+    """The advantages (B, G) in random order within each group, by one generator for every group:
+    the control that learning from rewards has to beat."""
+    size = advantages.shape[1]
+    orders = [torch.randperm(size, generator=g, device=g.device) for g in generators]
+    return advantages.gather(1, torch.stack(orders))
+
+
 def clipped_surrogate(ratio, advantages, clip=0.2):
     """mean min(ρA, clip(ρ, 1−ϵ, 1+ϵ)A), to be maximised: the first term of Eq. 10."""
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()

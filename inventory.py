@@ -135,13 +135,13 @@ def inventory(root, tasks=(), crop=128, decode=True):
             missing.append(f"{name}/{known[3]}: {known[1]}{number}")
     text = report.markdown(["folder", "found", "stated", "set", "problems"], lines)
     try:
-        train, val, _ = list_training(root, tasks=tasks)
+        train, val, held_out, _ = list_training(root, tasks=tasks)
         bad = {s[2:5] for s in unusable}  # the same files stand in several tasks
         train = [s for s in train if s[2:5] not in bad]
         in_layout = os.path.isdir(os.path.join(root, "Train"))  # whose files were looked at above
         train, found = (train, []) if in_layout else split_usable(train, crop, decode)
         problems += found
-        val, _ = split_usable(val, 16, decode)
+        val, _ = split_usable(val + held_out, 16, decode)
         if not train or not val:
             what = "image to measure on" if train else f"training image of {crop} px"
             raise DataError(f"no {what} is left")

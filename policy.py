@@ -6,7 +6,7 @@ At each AFLB a rate head draws (r_h, r_l), the size of the low-frequency mask, a
 states are detached and remembered with the actions, so log π can be evaluated for other heads (or
 later ones) without running the backbone again.
 
-Whoever uses a policy knows four words of it: `sample`, `mean`, `evaluate` and `kl`. That its
+Whoever uses a policy knows five words of it: `fit`, `sample`, `mean`, `evaluate` and `kl`. That its
 densities are Beta densities is said in this file alone.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 CONTROLS = ("r_h", "r_l", "g_f", "g_o")
 GATE_MEAN = 0.5  # where the gates start: room to move both ways
+CLIP = 3.0  # standard deviations beyond which a state is cut off
 EDGE = 1e-4  # actions stay in [EDGE, 1 - EDGE]: finite log-probabilities
 RAW_MAX = 8.0  # raw head outputs stay below: α, β < 1 + e^8 ≈ 2982
 GRID = 4  # a rate head sees the spectrum pooled to GRID × GRID
@@ -73,13 +74,38 @@ def soft_cap(raw):
 # ----------------------------------------------------------------------------------------- policy
 
 
+class Normalise(nn.Module):
+    """States in standard deviations from their mean over the training set, cut off at CLIP: raw
+    ones differ so little between images that every image would get the same densities. Before
+    `fit`, as they are."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+
+    def fit(self, states):
+        """Takes mean and deviation over states (N, …, size)."""
+        states = states.flatten(0, -2)
+        self.mean.copy_(states.mean(dim=0))
+        self.deviation.copy_(states.std(dim=0, correction=0) + 1e-6)
+
+    def in_deviations(self, states):
+        return (states - self.mean) / self.deviation
+
+    def forward(self, states):
+        return self.in_deviations(states).clamp(-CLIP, CLIP)
+
+
 class BetaHead(nn.Module):
     """State (…, C, n, n) -> (α, β), each (…, 2), all > 1: one unimodal density for each of two
     controls."""
 
-    def __init__(self, channels, grid, means, concentration):
+    def __init__(self, channels, grid, means, concentration, normalised):
         super().__init__()
-        self.embed = nn.Conv2d(channels * grid * grid, HIDDEN, 1)
+        size = channels * grid * grid
+        self.normalise = Normalise(size) if normalised else nn.Identity()
+        self.embed = nn.Conv2d(size, HIDDEN, 1)
         self.out = nn.Conv2d(HIDDEN, 4, 1)
         alphas = [m * concentration for m in means]
         betas = [(1 - m) * concentration for m in means]
@@ -94,7 +120,7 @@ class BetaHead(nn.Module):
     def forward(self, state):
         # 1×1 convolutions of 1×1 maps, as matrix products: a GPU's convolutions round to TF32
         embed, out = self.embed.weight.flatten(1), self.out.weight.flatten(1)
-        hidden = F.gelu(F.linear(state.flatten(-3), embed, self.embed.bias))
+        hidden = F.gelu(F.linear(self.normalise(state.flatten(-3)), embed, self.embed.bias))
         raw = F.linear(hidden, out, self.out.bias)
         return (1 + soft_cap(raw).exp()).chunk(2, dim=-1)
 
@@ -106,19 +132,40 @@ class BetaPolicy(nn.Module):
     concentration: α + β of the gates, and of the rates as far as their mean allows. Every control
     starts where the pre-trained model is: the rates' mean is what the backbone was trained with,
     and gates act divided by their initial mean, so their deterministic effect is a factor of 1.
-    Raises PolicyError for a concentration that no head can give.
+    normalised: whether heads see states in deviations from what `fit` saw; early checkpoints did
+    not. Raises PolicyError for a concentration that no head can give.
     """
 
     kind = "beta"
 
-    def __init__(self, channels, rates, concentration=30.0):
+    def __init__(self, channels, rates, concentration=30.0, normalised=True):
         super().__init__()
         self.config = dict(channels=list(channels), rates=list(rates), concentration=concentration)
+        self.config |= dict(normalised=normalised)
         narrowest = max(1.5 / min(r, 1 - r) for r in rates)  # α, β of 1.5 at least
         of_rates = max(concentration, narrowest)
         gates = (GATE_MEAN, GATE_MEAN)
-        self.rate = nn.ModuleList(BetaHead(1, GRID, rates, of_rates) for _ in channels)
-        self.fuse = nn.ModuleList(BetaHead(c, 1, gates, concentration) for c in channels)
+        of_rates, of_gates = (rates, of_rates, normalised), (gates, concentration, normalised)
+        self.rate = nn.ModuleList(BetaHead(1, GRID, *of_rates) for _ in channels)
+        self.fuse = nn.ModuleList(BetaHead(c, 1, *of_gates) for c in channels)
+
+    def heads(self, states):
+        """[(head, its states (…, size)), …] of stored states."""
+        pairs = zip(self.rate, self.fuse, states)
+        both = ((head, s) for rate, fuse, pair in pairs for head, s in zip((rate, fuse), pair))
+        return [(head, state.flatten(-3)) for head, state in both]
+
+    def fit(self, states):
+        """Learns from stored states (N, …) of the training set what is usual."""
+        for head, state in self.heads(states):
+            head.normalise.fit(state)
+
+    def clipped(self, states):
+        """The share of stored states that lie beyond CLIP deviations."""
+        parts = [
+            head.normalise.in_deviations(state).abs() > CLIP for head, state in self.heads(states)
+        ]
+        return torch.cat([part.flatten() for part in parts]).float().mean().item()
 
     def sample(self, generators=(None,)):
         """A controller that draws its actions, from one generator for every image, so that they do
@@ -195,6 +242,17 @@ def observe(f, y):
     return rate_state.repeat_interleave(len(y) // len(f), dim=0), fuse_state
 
 
+@torch.no_grad()
+def states_on(model, policy, images):
+    """What the heads see of images (3, H, W), sides multiples of 8, each by itself: three pairs of
+    states (N, …)."""
+    controller, weight, seen = policy.mean(), model.output.weight, []
+    for image in images:
+        model(image[None].to(weight.device, weight.dtype), controller)
+        seen.append(controller.states)
+    return [tuple(map(torch.cat, zip(*level))) for level in zip(*seen)]
+
+
 class Controller:
     """What `AdaIR.decode` asks for its controls. Remembers what it saw and did: states, three pairs
     (rate, fuse); actions, (B, 3, 4) in (0, 1)."""
@@ -240,7 +298,8 @@ def load_policy(checkpoint):
     if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
         return None
     try:
-        config = {"kind": "beta", **checkpoint["policy_config"]}  # early ones do not say so
+        # early ones say nothing of their kind, and saw raw states
+        config = {"kind": "beta", "normalised": False, **checkpoint["policy_config"]}
         kind = config.pop("kind")
         if kind != BetaPolicy.kind:
             hint = f"this version reads {BetaPolicy.kind!r}"

@@ -1,5 +1,7 @@
-"""Supervised pre-training of AdaIR, which the demo model came from: L1, Adam with warm-up and
-cosine decay; the result, model.pt, is an average of the weights.
+"""Supervised pre-training of AdaIR, which the demo model came from: L1 on crops whose degradation,
+strength, exposure and colour vary; Muon for the matrices, Adam for the rest; warm-up, a constant
+rate, and a decay at the end, so that the length need not be known at the start; the result,
+model.pt, is an average of the weights.
 
     python pretrain.py --data-root data --out runs/pretrain
 
@@ -14,12 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import report
 import runs
-from data import TASKS, Crops, DataError, list_training, names_digest, split_usable
-from metrics import evaluate
+from data import (
+    TASKS,
+    Crops,
+    DataError,
+    list_training,
+    names_digest,
+    read_image,
+    split_listed,
+    split_usable,
+)
+from degradations import camera, low_light, quantise
+from metrics import evaluate, psnr
 from model import (
     EMPTY_RATE,
     AdaIR,
@@ -32,9 +46,15 @@ from model import (
 
 NEW_MODEL = dict(dim=48, blocks=(4, 6, 6, 8), refinement=4, rate=0.25)  # Table 6
 WARM_UP = 200  # steps
-LAST_STAGE = 0.75  # of the steps are done with the first crop size
+TURN = 50  # steps, after which the next crop size has its turn
+MARGIN = 16  # px around a crop, context for blur and streaks
+# of a degradation: half-dark truths and pale ones are taken for what they are
+WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
+IN_MEMORY = 4e9  # bytes of decoded images that are kept
+# What is drawn in turn: tasks, and photographs as a camera gives them.
+CYCLE = "denoise15 derain dehaze deblur denoise25 lowlight camera deblur denoise50 derain".split()
 # Whoever goes on with a run may change these.
-FREE = ("out", "steps", "save_every", "workers", "max_minutes", "device", "amp")
+FREE = "out steps decay eval_every save_every workers max_minutes device amp".split()
 
 
 @dataclass
@@ -42,9 +62,12 @@ class Config:
     """Pre-train an AdaIR on pairs and on synthesised degradations."""
 
     data_root: str | None = None
-    """AdaIR's data folder; without it, photographs inside scikit-image"""
-    photos: str | None = None
-    """folder of photos on which all tasks are synthesised besides"""
+    """AdaIR's data folder; without it and --photos, the demo's photographs"""
+    photos: tuple[str, ...] = ()
+    """folders of photos on which all tasks are synthesised besides"""
+    val_list: str | None = None
+    """text file that names the images to validate on, one a line; without it, the last of every
+    task"""
     init: str | None = None
     """AdaIR to start from; without it, from scratch"""
     out: str = "runs/pretrain"
@@ -59,18 +82,24 @@ class Config:
     """its constant r_h, r_l under --mask-rule fraction (0.25)"""
     mask_rule: Literal["fraction", "adair"] = "fraction"
     """how rates become masks"""
-    crop: tuple[int, int] = (64, 128)
-    """px, at first and in the last quarter"""
+    crop: tuple[int, ...] = (64, 128)
+    """px, in turn"""
     batch_size: int = 8
-    """crops per step and process at the first crop size; later as many pixels"""
-    steps: int = 4200
+    """crops per step and process at the first crop size; at others as many pixels"""
+    steps: int = 10000
     """updates"""
-    lr: float = 1e-3
-    """Adam's peak rate"""
-    ema: float = 0.998
+    decay: int = 2000
+    """the last of them, in which the rates fall to 0"""
+    lr: float = 5e-4
+    """Adam's rate, for what is no matrix"""
+    muon_lr: float = 1e-2
+    """Muon's rate, for 1×1 convolutions"""
+    ema: float = 0.999
     """decay of the averaged weights"""
-    cycle: tuple[Literal[tuple(TASKS)], ...] = tuple(TASKS)
-    """tasks drawn in turn"""
+    cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE)
+    """what is drawn in turn: tasks, and photographs as a camera gives them"""
+    eval_every: int = 2000
+    """steps between validations"""
     save_every: int = 100
     """steps between checkpoints"""
     amp: Literal["fp32", "bf16"] = "fp32"
@@ -88,9 +117,10 @@ class Config:
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
     counts = dict.fromkeys(
-        ("blocks", "refinement", "batch_size", "steps", "save_every"), "[1, inf)"
+        ("blocks", "refinement", "batch_size", "steps", "eval_every", "save_every"), "[1, inf)"
     )
-    runs.check_ranges(config, **counts, lr="[0, inf)", ema="[0, 1]", rate="(0, 1)", seed="[0, inf)")
+    rates = dict.fromkeys(("decay", "lr", "muon_lr", "seed"), "[0, inf)")
+    runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)")
     runs.check_ranges(config, workers="[0, 256]", max_minutes="(0, inf)")
     runs.check_multiple_of_8("--crop", *config.crop)
     runs.check_multiple_of_8("--dim", *([config.dim] if config.dim else []))
@@ -100,13 +130,113 @@ def check(config):
         raise runs.RunError(f"--{given[0]} goes with a new model: that of --init brings its own")
 
 
+# ------------------------------------------------------------------------------------------- crops
+
+
+def another_look(gt, rng, exposure=True):
+    """A function that shows an image as another camera may have taken it: a colour cast, and, with
+    `exposure`, half the time a gamma and less contrast. It is drawn for the truth gt (3, h, w) and
+    meant for both images of a pair. Without truths like these, a model takes what is dusky for dark
+    and what is pale for hazy."""
+    cast = torch.from_numpy(rng.uniform(0.9, 1.0, (3, 1, 1)).astype(np.float32))
+    gamma, black, white = 1.0, 0.0, 1.0
+    if exposure and rng.random() < 0.5:
+        # at most so dark that a mean of 0.12 remains: what is darker is left to low light
+        mean = min(max(float(gt.mean()), 0.05), 0.95)
+        darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.2)
+        gamma = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
+        black, white = rng.uniform(0, 0.12), rng.uniform(0.75, 1)
+    return lambda image: cast * (black + (white - black) * image**gamma)
+
+
+def draw_strength(task, rng):
+    """How much of a degradation an input shows: mostly all, sometimes less, sometimes nothing."""
+    kind = rng.random()
+    return 1.0 if kind < 0.65 else rng.uniform(WEAKEST.get(task, 0.0), 1) if kind < 0.9 else 0.0
+
+
+class VariedCrops(Crops):
+    """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs in
+    equal parts, a new degradation every time, of any strength, in varied exposure and colour."""
+
+    def __init__(self, samples, crop, seed, cycle):
+        super().__init__(samples, crop, seed)
+        photos = {s.gt: s for s in samples if not s.degraded}
+        self.cycle, self.kinds = cycle, {"camera": [list(photos.values())]}
+        for task in TASKS:
+            kinds = [
+                [s for s in samples if s.task == task and bool(s.degraded) == k] for k in (0, 1)
+            ]
+            self.kinds[task] = [kind for kind in kinds if kind]
+        files = dict.fromkeys((f, s.box) for s in samples for f in (s.gt, s.degraded) if f)
+        self.images, free = {}, IN_MEMORY
+        for file, box in tqdm(files, desc="decode", leave=False, disable=runs.rank() > 0):
+            if free > 0:
+                self.images[file, box] = (read_image(file, box) * 255).round().byte()
+                free -= self.images[file, box].numel()
+
+    def read(self, *file):
+        """The image of (path, box) as (3, H, W), in [0, 255] or, if it is decoded anew, [0, 1]."""
+        return self.images[file] if file in self.images else read_image(*file)
+
+    def __getitem__(self, n):
+        rng = np.random.default_rng((self.seed, n, 1))
+        task = self.cycle[n % len(self.cycle)]
+        kind = self.kinds[task][rng.integers(len(self.kinds[task]))]
+        sample = kind[rng.integers(len(kind))]
+        pair = [self.read(file, sample.box) for file in (sample.gt, sample.degraded) if file]
+        top, left = self.corner(sample, pair[0], rng)
+        up, back = min(top, MARGIN), min(left, MARGIN)
+        rows = slice(top - up, top + self.crop + MARGIN)
+        columns = slice(left - back, left + self.crop + MARGIN)
+        pair = [image[:, rows, columns] for image in pair]
+        pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
+        is_low = task in TASKS and TASKS[task].degrade is low_light
+        look = another_look(pair[0], rng, exposure=not is_low)
+        gt, *degraded = map(look, pair)
+        degrade = camera if task == "camera" else TASKS[task].degrade
+        degraded = degraded[0] if degraded else degrade(gt, rng)
+        degraded = quantise(gt + draw_strength(task, rng) * (degraded - gt))
+        flips = [d for d in (1, 2) if rng.random() < 0.5]
+        inner = slice(None), slice(up, up + self.crop), slice(back, back + self.crop)
+        degraded, gt = degraded[inner].flip(flips), gt[inner].flip(flips)
+        return degraded, gt, task, sample.name, n
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def optimizers_of(net, config):
+    """(Muon, Adam): Muon for the 1×1 convolutions, as matrices that share their memory, Adam for
+    the rest (Jordan et al. 2024, "Muon")."""
+    learned = {name: p for name, p in net.named_parameters() if ".rate_conv." not in name}
+    matrices = [p for p in learned.values() if p.shape[2:] == (1, 1) and min(p.shape[:2]) >= 8]
+    taken = set(map(id, matrices))
+    rest = [p for p in learned.values() if id(p) not in taken]
+    views = [torch.nn.Parameter(p.detach().flatten(1)) for p in matrices]
+    for view, p in zip(views, matrices):
+        p.register_post_accumulate_grad_hook(partial(share_gradient, view))
+    muon = torch.optim.Muon(
+        [dict(params=views, lr=config.muon_lr, name="lr/muon")],
+        lr=config.muon_lr,
+        weight_decay=0.01,
+    )
+    adam = [dict(params=rest, lr=config.lr, name="lr/adam")]
+    return muon, torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True)
+
+
+def share_gradient(view, parameter):
+    """Gives a matrix the gradient of the weight (O, I, 1, 1) that it shares its memory with."""
+    view.grad = parameter.grad.flatten(1)
+
+
 @dataclass
 class State:
     """What a training is at a step: all that a checkpoint holds."""
 
     net: torch.nn.Module
     averaged: torch.nn.Module  # exponential moving average of the weights
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple
     settings: dict
     total: int  # crops of the whole training
     step: int = 0
@@ -115,7 +245,7 @@ class State:
     def checkpoint(self):
         weights = dict(model=self.averaged.module.state_dict(), config=self.net.config)
         rest = dict(net=self.net.state_dict(), ema=self.averaged.state_dict())
-        rest |= dict(optimizer=self.optimizer.state_dict(), settings=self.settings)
+        rest |= dict(optimizers=[o.state_dict() for o in self.optimizers], settings=self.settings)
         return weights | rest | dict(step=self.step, seen=self.seen)
 
     def load(self, checkpoint, folder):
@@ -133,7 +263,8 @@ class State:
             raise runs.RunError(f"{folder} was trained with another {name}: {hint}")
         self.net.load_state_dict(checkpoint["net"])
         self.averaged.load_state_dict(checkpoint["ema"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.seen = checkpoint["step"], checkpoint["seen"]
         runs.say(f"{folder} goes on at step {self.step}")
 
@@ -153,34 +284,71 @@ def make_model(config):
 
 
 def find_samples(config, stop):
-    """(training, validation) samples of both folders, every image decoded once, by all processes.
+    """(training, validation) samples of all folders, every image decoded once, by all processes.
     Raises DataError."""
-    roots = [root for root in (config.data_root, config.photos) if root] or [None]
-    train, val, problems = map(sum, zip(*(list_training(root) for root in roots)), ([], [], []))
+    roots = [root for root in (config.data_root, *config.photos) if root] or [None]
+    parts = zip(*(list_training(root) for root in roots))
+    train, val, held_out, problems = (sum(part, []) for part in parts)
+    val = val + held_out
+    if config.val_list:
+        train, val = split_listed(train + val, config.val_list)
+    if config.data_root:  # photos stand there under every task: too many to validate on
+        val = [s for s in val if Path(config.data_root) in Path(s.gt).parents and not s.box]
     runs.same_everywhere("list of images", names_digest(train + val))
     mapper = partial(runs.parallel_map, desc="check", stop=stop)
     train, broken = split_usable(train, max(config.crop), mapper=mapper)
     val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
-    missing = [task for task in config.cycle if task not in {s.task for s in train}]
+    missing = [task for task in config.cycle if task not in {"camera", *(s.task for s in train)}]
     if missing:
         hint = "give --photos, or leave it out of --cycle"
         raise DataError(f"there are no training images for {', '.join(missing)}: {hint}")
     return train, val
 
 
+def rate_factor(step, config):
+    """What the rates are multiplied by: it rises, stays at 1, and falls to 0 at the end."""
+    left = (config.steps - step) / max(config.decay, 1)
+    return min(1, (step + 1) / WARM_UP, left)
+
+
+def validate(model, val, stop):
+    """Prints what the averaged weights gain, and how well they return clean images; returns it as
+    {name: dB}."""
+
+    returned = {}  # clean file -> PSNR of what is made of it
+
+    def also(sample, degraded, restored, gt):
+        if sample.gt not in returned:
+            returned[sample.gt] = psnr(restore(model, gt), gt)
+        return dict(paired=bool(sample.degraded), clean=returned[sample.gt])
+
+    mapper = partial(runs.parallel_map, desc="validate", stop=stop)
+    rows = evaluate(partial(restore, model.eval()), val, also=also, mapper=mapper)
+    gains = {}
+    for paired, name in ((True, "pairs"), (False, "synthesised")):
+        part = [row for row in rows if row["paired"] == paired]
+        if part:
+            clean = report.mean(part, "clean")
+            runs.say(f"\nvalidation, {name}\n{report.gain_table(part)}")
+            runs.say(f"their clean images are returned at {clean:.2f} dB")
+            gains[f"val/{name}/clean"] = clean
+        for task, of_task in report.by_task(part).items():
+            gain = report.mean(of_task, "psnr") - report.mean(of_task, "psnr_in")
+            gains[f"val/{name}/{task}"] = gain
+    return gains
+
+
 def pretrain(config, stop):
     """Trains, and prints what the averaged weights gain on the validation images."""
     samples, val = find_samples(config, stop)
     net = make_model(config).train().to(config.device, memory_format=torch.channels_last)
-    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
-    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=decay)
-    groups = [dict(params=net.parameters(), lr=config.lr, name="lr")]
-    optimizer = torch.optim.Adam(groups, fused=True)
 
-    def stage(step):  # (crop, batch size): the last quarter sees larger crops, as many pixels
-        late = step >= config.steps * LAST_STAGE
-        crop = config.crop[late]
+    averaged = runs.averaged(net, config.ema)
+    optimizers = optimizers_of(net, config)
+
+    def stage(step):  # (crop, batch size): each crop size in turn, as many pixels
+        crop = config.crop[step // TURN % len(config.crop)]
         return crop, max(1, config.batch_size * config.crop[0] ** 2 // crop**2)
 
     folder = Path(config.out)
@@ -188,50 +356,43 @@ def pretrain(config, stop):
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     settings["processes"] = runs.processes()
     total = runs.processes() * sum(stage(step)[1] for step in range(config.steps))
-    state = State(net, averaged, optimizer, settings, total)
+    state = State(net, averaged, optimizers, settings, total)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
+    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle)
 
     shell = config.device, config.workers, config.save_every
     errors = (DataError, CheckpointError)
     with runs.Run(folder, stop, "the same command", *shell, failures=errors) as run:
         run.start(state, "pretrain", shown=dict(l1="loss/total"))
         while state.step < config.steps:
-            crop, size = stage(state.step)
-            crops = Crops(samples, crop, config.seed, fresh=True, cycle=config.cycle)
-            ahead = range(state.step, config.steps)
-            same = next((s for s in ahead if stage(s) != (crop, size)), config.steps) - state.step
-            until = state.seen + same * size * runs.processes()
-            for batch in run.batches(crops, size, until):
-                warm_up = min(1, (state.step + 1) / WARM_UP)
-                cosine = 0.5 + 0.5 * math.cos(math.pi * state.step / config.steps)
-                optimizer.param_groups[0]["lr"] = config.lr * warm_up * cosine + 1e-6
+            crops.crop, size = stage(state.step)
+            turn = min(TURN - state.step % TURN, config.steps - state.step)
+            for batch in run.batches(crops, size, state.seen + turn * size * runs.processes()):
+                factor = rate_factor(state.step, config)
+                for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
+                    optimizer.param_groups[0]["lr"] = lr * factor
                 kind = torch.device(config.device).type
                 with torch.autocast(kind, torch.bfloat16, enabled=config.amp == "bf16"):
                     restored = net(batch.degraded)
                 loss = (restored - batch.gt).abs().mean()
-                optimizer.zero_grad()
+                net.zero_grad()
                 loss.backward()
-                metrics = run.step(optimizer, loss, max_norm=1.0)
+                metrics = run.step(optimizers, loss, max_norm=1.0)
                 if run.is_updating:
                     averaged.update_parameters(net)
-                run.finish(metrics | {"crop": crop})
+                run.finish(metrics | {"crop": crops.crop})
+            if state.step % config.eval_every == 0 and state.step < config.steps:
+                validate(averaged.module, val, stop)
+                run.start_clock()
         run.save("last.pt")
         model = averaged.module.eval()
         weights = dict(model=model.state_dict(), config=net.config)
         runs.save_checkpoint(folder / "model.pt", weights)
-        mapper = partial(runs.parallel_map, desc="validate", stop=stop)
-        rows = evaluate(partial(restore, model), val, also=tell_apart, mapper=mapper)
-    for kind, name in ((True, "pairs of files"), (False, "synthesised")):
-        part = [row for row in rows if row["paired"] == kind]
-        runs.say(f"\nvalidation, {name}\n{report.gain_table(part)}" if part else "")
+        validate(model, val, stop)
     runs.say(f"the model is {folder / 'model.pt'}")
-
-
-def tell_apart(sample, *images):
-    return dict(paired=bool(sample.degraded))
 
 
 def run_program(argv):

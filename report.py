@@ -49,28 +49,61 @@ def by_task(rows):
     return dict(groups)
 
 
+def mean_of(values):
+    """The mean over tasks of {task: value}."""
+    return float(np.mean(list(values.values())))
+
+
 def mean_of_tasks(rows, key):
     """The mean over tasks of each task's mean."""
-    return float(np.mean([mean(group, key) for group in by_task(rows).values()]))
+    return mean_of({task: mean(of_task, key) for task, of_task in by_task(rows).items()})
 
 
-def before_after_table(before, after):
-    """PSNR and SSIM per task, before and after, with the mean over tasks as last row."""
+def before_after_table(before, after, hard):
+    """PSNR, SSIM and reward per task, before and after, and their mean over tasks: of all images,
+    of the hard ones (indices) and of the rest."""
     head = ["task", "images", "input dB", "before dB", "after dB", "gain dB"]
-    head += ["before SSIM", "after SSIM"]
-    columns = [("psnr_in", before), ("psnr", before), ("psnr", after)]
-    columns += [("ssim", before), ("ssim", after)]
+    head += ["before SSIM", "after SSIM", "before reward", "after reward", "gain e-4"]
 
-    def line(name, n, values):
-        psnr_in, psnr, psnr_after, *ssim = values
-        decibels = [f"{v:.2f}" for v in (psnr_in, psnr, psnr_after)]
-        return [name, n, *decibels, f"{psnr_after - psnr:+.3f}", *(f"{v:.4f}" for v in ssim)]
+    def line(name, chosen):
+        old, new = ([rows[i] for i in chosen] for rows in (before, after))
+        psnr, psnr_after = mean_of_tasks(old, "psnr"), mean_of_tasks(new, "psnr")
+        reward, reward_after = mean_of_tasks(old, "reward"), mean_of_tasks(new, "reward")
+        decibels = [f"{v:.2f}" for v in (mean_of_tasks(old, "psnr_in"), psnr, psnr_after)]
+        cells = [name, len(chosen), *decibels, f"{psnr_after - psnr:+.3f}"]
+        cells += [f"{mean_of_tasks(rows, 'ssim'):.4f}" for rows in (old, new)]
+        rewards = [f"{reward:.4f}", f"{reward_after:.4f}"]
+        return [*cells, *rewards, f"{1e4 * (reward_after - reward):+.1f}"]
 
-    lines = []
-    for task, group in by_task(before).items():
-        lines.append(line(task, len(group), [mean(by_task(r)[task], k) for k, r in columns]))
-    lines.append(line("mean of tasks", len(before), [mean_of_tasks(r, k) for k, r in columns]))
+    every, tasks = range(len(before)), [row["task"] for row in before]
+    lines = [line(task, [i for i in every if tasks[i] == task]) for task in dict.fromkeys(tasks)]
+    lines.append(line("mean of tasks", every))
+    rest = [i for i in every if i not in hard]
+    parts = (("hard 30 %", hard), ("the rest", rest))
+    lines += [line(f"mean: {name}", chosen) for name, chosen in parts if chosen]
     return markdown(head, lines)
+
+
+def gains_since_start(history):
+    """What each validation gained since the first: [{"psnr": {task: dB, …, "mean": dB}, "reward":
+    …}]."""
+    gains = []
+    for found in history:
+        one = {}
+        for key in ("psnr", "reward"):
+            one[key] = {task: v - history[0][key][task] for task, v in found[key].items()}
+            one[key]["mean"] = mean_of(one[key])
+        gains.append(one)
+    return gains
+
+
+def typical_and_worst(rows, gains):
+    """Of every task the index of the image of median gain, and last that of the lowest gain."""
+    groups = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row["task"]].append(i)
+    ranked = [sorted(members, key=lambda i: gains[i]) for members in groups.values()]
+    return [members[len(members) // 2] for members in ranked] + [int(np.argmin(gains))]
 
 
 def gain_table(rows):
@@ -111,8 +144,9 @@ def pyplot():
     return pyplot
 
 
-def plot_curves(path, rows):
-    """Draws CURVES of a run's logged rows, each as measured and as a running mean."""
+def plot_curves(path, rows, history=()):
+    """Draws what validations gained since the start, per task, and CURVES of a run's logged rows,
+    each as measured and as a running mean."""
     rows = [row for row in rows if not row["skipped"]]
     for row in rows:
         for kind in ("det", "best"):
@@ -120,16 +154,27 @@ def plot_curves(path, rows):
                 row[f"gain_{kind}"] = row[f"psnr_{kind}"] - row["psnr_in"]
     logged = {name for row in rows for name in row}
     panels = [(names, title) for names, title in CURVES if names.keys() & logged]
-    if not panels:
+    validated = [("psnr", "validation: PSNR (dB)"), ("reward", "validation: reward")]
+    validated = validated if len(history) > 1 else []
+    if not panels and not validated:
         return
     plt = pyplot()
-    n_rows = -(-len(panels) // 3)
+    n_rows = -(-(len(panels) + len(validated)) // 3)
     figure, axes = plt.subplots(n_rows, 3, figsize=(12, 2.6 * n_rows), squeeze=False)
     steps = np.array([row["step"] for row in rows])
     window = max(1, len(steps) // 20)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(panels) + len(validated) :]:
         axis.axis("off")
-    for axis, (names, title) in zip(axes.flat, panels):
+    gains, at = gains_since_start(history), [found["step"] for found in history]
+    for axis, (key, title) in zip(axes.flat, validated):
+        axis.set_title(f"{title} against the start", fontsize=9)
+        for task in gains[0][key]:
+            whole = dict(color="black", linewidth=2) if task == "mean" else dict(linewidth=1)
+            axis.plot(at, [gain[key][task] for gain in gains], label=task, **whole)
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.legend(fontsize=6, ncol=2)
+        axis.tick_params(labelsize=7)
+    for axis, (names, title) in zip(axes.flat[len(validated) :], panels):
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
         for color, (name, label) in enumerate(names.items()):

@@ -451,7 +451,7 @@ class Reward:
     cannot be had."""
 
     def __init__(self, weights, device="cpu", weights_dir=None):
-        self.weights = weights
+        self.weights, self.device = weights, device
         on = [term for name, term in TERMS.items() if effective_weights(weights)[name]]
         paths = {net: weight_file(net, weights_dir) for term in on for net in term.nets}
         self.nets = {net: load_net(net, path).to(device) for net, path in paths.items()}
@@ -477,6 +477,20 @@ class Reward:
         judged = terms["qwen"].isfinite().all(dim=1, keepdim=True)
         unjudged = weighted_sum(terms, effective_weights(self.weights, without="qwen"))
         return torch.where(judged, whole, unjudged), terms
+
+    def differentiable(self, restored, gt, tasks):
+        """R of images (B, 3, H, W) of any size, (B,), with graph. Without R_qwen, which has no
+        gradient and takes long: its weight goes to the other terms."""
+        scene = Scene(restored[:, None], gt, tasks, self.nets)
+        effective = effective_weights(self.weights, without="qwen")
+        terms = {name: TERMS[name].value(scene) for name, weight in effective.items() if weight}
+        return weighted_sum(terms, effective)
+
+    @torch.no_grad()
+    def of_image(self, restored, gt, task):
+        """`differentiable` of one image (3, H, W), as a number."""
+        images = (image[None].to(self.device) for image in (restored, gt))
+        return self.differentiable(*images, [task]).item()
 
 
 def weighted_sum(terms, weights):

@@ -274,6 +274,17 @@ def average_gradients(parameters, loss):
     return loss[0]
 
 
+def averaged(module, decay):
+    """An AveragedModel of a module: an exponential moving average of its weights, over fewer steps
+    while there are few. With decay 0 it is the module as it is."""
+
+    def average(averages, weights, n):
+        now = min(decay, (1 + int(n)) / (10 + int(n)))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(now)(averages, weights, n)
+
+    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=average)
+
+
 # How the numbers of all processes become one; whatever else is logged is averaged.
 HOW = {"judge/failures": sum, "judge/starts": sum, "judge/latency": max, "judge/wait": max}
 
@@ -422,13 +433,14 @@ class Run:
             degraded, gt = (t.to(self.device, non_blocking=True) for t in images)
             yield batch._replace(degraded=degraded, gt=gt)
 
-    def step(self, optimizer, loss, max_norm=math.inf):
-        """One step of the optimizer on gradients averaged over the processes, unless the loss or
+    def step(self, optimizers, loss, max_norm=math.inf):
+        """One step of the optimizers on gradients averaged over the processes, unless the loss or
         the gradient is not finite. max_norm: the norm that gradients are reduced to. Returns {name:
         number}."""
         # A process that is gone shows here, where no GPU waits for it.
         self.reason = next(filter(None, gather(self.stop.reason)), None)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"]]
         loss = average_gradients(parameters, loss.detach().float())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm < math.inf:
@@ -436,10 +448,11 @@ class Run:
         norm, loss = torch.stack([norm, loss]).tolist()  # one wait for a GPU
         if math.isfinite(norm) and math.isfinite(loss):
             self.is_updating = True  # until `finish`, the state is that of no whole step
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         else:
             self.is_skipping = True
-        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        rates = {group["name"]: group["lr"] for group in groups}
         return {"loss/total": loss, "grad_norm": norm, **rates}
 
     def finish(self, metrics):
@@ -468,6 +481,12 @@ class Run:
             self.save("last.pt")
         if self.reason:
             raise Stopped(self.reason)
+        self.start_clock()
+
+    def tell(self, metrics, words):
+        """What a validation found: {name: number} for TensorBoard, words for the progress bar."""
+        self.log.show(self.state.step, metrics)
+        self.bar.set_description_str(words)
         self.start_clock()
 
     def save(self, name):
@@ -547,7 +566,14 @@ class Log:
         try:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
-            for name, value in metrics.items():
+        except OSError as error:
+            raise RunError(f"the log {self.path} could not be written ({error.strerror})") from None
+        self.show(step, metrics)
+
+    def show(self, step, metrics):
+        """Writes to TensorBoard alone."""
+        try:
+            for name, value in metrics.items() if self.file else ():
                 self.board.add_scalar(name, value, step)
         except OSError as error:
             raise RunError(f"the log {self.path} could not be written ({error.strerror})") from None

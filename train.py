@@ -32,6 +32,7 @@ from data import (
     Crops,
     DataError,
     adair_repeats,
+    in_draws,
     list_training,
     names_digest,
     split_usable,
@@ -40,9 +41,10 @@ from data import (
 from judge import Judge, JudgeError
 from metrics import evaluate, evaluation_pair, psnr
 from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
-from policy import PolicyError, load_policy, policy_for, policy_state
+from policy import PolicyError, load_policy, policy_for, policy_state, states_on
 
 JUDGE = Path(__file__).with_name("judge.py")
+USUAL = 96  # crops of D_hard that say what states are usual
 ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
 
 
@@ -53,40 +55,46 @@ ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeErr
 class State:
     """What a run is at a step: all that a checkpoint holds."""
 
-    model: torch.nn.Module
-    policy: torch.nn.Module
+    live: torch.nn.ModuleDict  # model and policy, that are trained
+    averaged: torch.nn.Module  # of both, that are measured and kept
     reference: torch.nn.Module  # π_ref
     optimizer: torch.optim.Optimizer
     total: int  # crops of the whole run
     step: int = 0
     seen: int = 0  # crops
-    validated: int = -1  # the step of the last validation
-    best: float = -math.inf  # dB, of the validations so far
-    before: list = field(default_factory=list)  # rows of the validation at step 0
+    history: list = field(default_factory=list)  # what validations found, the first at step 0
 
-    COUNTERS = ("total", "step", "seen", "validated", "best", "before")
+    COUNTERS = ("total", "step", "seen", "history")
 
     @classmethod
-    def attach(cls, config, pretrained, hard, checkpoint=None):
+    def attach(cls, config, pretrained, crops, checkpoint=None):
         """A policy attached to a copy of the pre-trained model, such that the deterministic output
         is the model's; or both as a checkpoint has them."""
+        training = config.training
         torch.manual_seed(config.seed)
         model = copy.deepcopy(pretrained)
         model.config["mask_rule"] = config.policy.mask_rule
-        model.requires_grad_(not config.training.freeze_backbone)
+        model.requires_grad_(not training.freeze_backbone)
         policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
         policy = policy.to(config.device)
+        if not checkpoint:
+            some = range(min(USUAL, len(crops.samples)))
+            policy.fit(states_on(model, policy, (crops[n][0] for n in some)))
         backbone = [p for p in model.parameters() if p.requires_grad]
-        rate, head_rate = config.training.lr, config.training.lr * config.training.head_lr_factor
-        groups = [dict(params=policy.parameters(), lr=head_rate, name="lr_heads")]
-        groups += [dict(params=backbone, lr=rate, name="lr")] if backbone else []
+        groups = [dict(params=policy.parameters(), name="lr_heads")]
+        groups += [dict(params=backbone, name="lr")] if backbone else []
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
-        crops_a_step = config.training.batch_size * runs.processes()
-        total = config.training.steps * crops_a_step or config.training.epochs * len(hard)
-        state = cls(model, policy, policy.frozen_copy(), optimizer, total)
+        live = torch.nn.ModuleDict(dict(model=model, policy=policy))
+        crops_a_step = training.batch_size * runs.processes()
+        total = training.steps * crops_a_step or training.epochs * len(crops.samples)
+        averaged = runs.averaged(live, training.ema)
+        state = cls(live, averaged, policy.frozen_copy(), optimizer, total)
         try:
             if checkpoint:
-                model.load_state_dict(checkpoint["model"])
+                live.load_state_dict(checkpoint["live"])
+                averaged.module["model"].load_state_dict(checkpoint["model"])
+                averaged.module["policy"].load_state_dict(checkpoint["policy"])
+                averaged.n_averaged += checkpoint["step"]
                 state.reference.load_state_dict(checkpoint["ref"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
                 for name in cls.COUNTERS:
@@ -97,41 +105,54 @@ class State:
         return state
 
     def checkpoint(self):
-        weights = dict(model=self.model.state_dict(), config=self.model.config)
-        rest = dict(ref=self.reference.state_dict(), optimizer=self.optimizer.state_dict())
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
-        return weights | policy_state(self.policy) | rest | counters
+        model, policy = self.averaged.module.values()
+        weights = dict(model=model.state_dict(), config=model.config) | policy_state(policy)
+        rest = dict(live=self.live.state_dict(), ref=self.reference.state_dict())
+        rest |= dict(optimizer=self.optimizer.state_dict())
+        return weights | rest | {name: getattr(self, name) for name in self.COUNTERS}
 
     @property
     def progress(self):
         """From 0 to 1 over the run."""
         return self.seen / self.total
 
+    def begin_step(self, config):
+        """Clears the gradients; sets the rates, which rise, and, if they are to, fall to 0."""
+        training = config.training
+        factor = min(1, (self.step + 1) / max(training.warm_up, 1))
+        if training.schedule == "linear":
+            factor *= 1 - self.progress
+        rates = dict(lr=training.lr, lr_heads=training.lr * training.head_lr_factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * rates[group["name"]]
+        self.optimizer.zero_grad()
+
     def restore(self, image):
-        """The deterministic output, for images of any size."""
-        return restore(self.model, image, controller=self.policy.mean())
+        """The deterministic output of the averaged weights, for images of any size."""
+        model, policy = self.averaged.module.values()
+        return restore(model, image, controller=policy.mean())
 
 
 def post_train(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
     """IRPO: mines the samples, attaches a policy to the pre-trained model, trains both. Returns the
     State after the last step.
 
-    run: runs.Run, entered; reward: rewards.Reward, or what is called like it; val: samples that
-    choose best.pt; judge: judge.Judge; checkpoint: what a run that goes on had saved.
+    run: runs.Run, entered; reward: rewards.Reward; val: samples that choose best.pt; judge:
+    judge.Judge; checkpoint: what a run that goes on had saved.
     """
     # Sec. 3.2: the training images that the pre-trained model restores worst
     hard = hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
 
     # Eq. 4: six heads that start where the pre-trained model is; π_ref stays there
-    state = State.attach(config, pretrained, hard, checkpoint)
-    model, policy, reference = state.model, state.policy, state.reference
+    state = State.attach(config, pretrained, crops, checkpoint)
+    (model, policy), reference = state.live.values(), state.reference
     weights = config.policy.clip, config.policy.kl_beta, config.policy.entropy_tau
     run.start(state, config.objective, shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
 
     for batch in run.batches(crops, config.training.batch_size):
-        validate_when_due(config, run, pretrained, val)
-        state.optimizer.zero_grad()
+        validate_when_due(config, run, reward, val)
+        state.begin_step(config)
 
         # Eq. 4, 5: encode once, decode G sampled actions without graph
         generators = action_generators(config, batch.numbers)
@@ -142,6 +163,8 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         # Eq. 22, 8: reward every rollout, normalise within its group
         scores, terms = reward(group.restored, batch.degraded, batch.gt, batch.tasks, judge)
         advantages = grpo.group_advantages(scores)  # (B, G)
+        if config.policy.shuffle_advantages:
+            advantages = grpo.shuffled(advantages, generators)
 
         # Eq. 1, 2: the best rollout and the mean action again, with graph, train the backbone
         best_actions = grpo.pick(group.actions, grpo.best_of_group(scores))
@@ -165,31 +188,36 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             state.optimizer.zero_grad()
             loss.backward()
             metrics |= {"loss/sup": loss_sup, "loss/cons": loss_cons, **learned, **statistics}
-            metrics |= run.step(state.optimizer, loss)
+            metrics |= run.step([state.optimizer], loss)
             loss_sup, loss_cons = loss_sup.detach(), loss_cons.detach()  # again: the heads alone
 
+        state.averaged.update_parameters(state.live)
         run.finish(metrics)
+    validate_when_due(config, run, reward, val)
     return state
 
 
-def fine_tune(config, run, pretrained, samples, val, checkpoint=None):
+def fine_tune(config, run, pretrained, reward, samples, val, checkpoint=None):
     """The control: the same samples, steps and rates, L1 of the deterministic output alone; no
-    rollouts, no reward, no RL. Returns the State after the last step."""
+    rollouts and no RL, the reward is measured only. Returns the State after the last step."""
     hard = hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
-    state = State.attach(config, pretrained, hard, checkpoint)
+    state = State.attach(config, pretrained, crops, checkpoint)
+    model, policy = state.live.values()
     run.start(state, config.objective, shown=dict(psnr="psnr_det"))
     for batch in run.batches(crops, config.training.batch_size):
-        validate_when_due(config, run, pretrained, val)
-        state.optimizer.zero_grad()
+        validate_when_due(config, run, reward, val)
+        state.begin_step(config)
         with half_precision(config):
-            mean = state.model(batch.degraded, state.policy.mean())
+            mean = model(batch.degraded, policy.mean())
         loss = (mean - batch.gt).abs().mean()
         loss.backward()
-        metrics = run.step(state.optimizer, loss)
+        metrics = run.step([state.optimizer], loss)
         metrics["psnr_in"] = batch_psnr(batch.degraded, batch.gt)
         metrics["psnr_det"] = batch_psnr(mean, batch.gt)
+        state.averaged.update_parameters(state.live)
         run.finish(metrics)
+    validate_when_due(config, run, reward, val)
     return state
 
 
@@ -206,7 +234,7 @@ def hard_samples(config, run, pretrained, samples):
         )
         runs.say_skipped(problems)
         if not rows:
-            where = config.samples.data_root or "the embedded photographs"
+            where = config.samples.data_root or "the demo's photographs"
             crops = f"can be used with crops of {config.samples.crop} px"
             raise DataError(f"none of the training images of {where} {crops}")
         choice = config.samples.hard_ratio, config.samples.select, config.samples.hard_scope
@@ -215,7 +243,8 @@ def hard_samples(config, run, pretrained, samples):
         runs.same_everywhere("set of hard images", names_digest(hard))
     how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
     runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
-    return adair_repeats(hard) if config.samples.select == "all" else hard
+    pairs_are_repeated = config.samples.select == "all" and config.samples.data_root
+    return adair_repeats(hard) if pairs_are_repeated else hard
 
 
 def action_generators(config, numbers):
@@ -231,31 +260,36 @@ def half_precision(config):
     return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
 
 
-def validate_when_due(config, run, pretrained, val):
-    """Every --eval-every steps the deterministic output on `val` chooses best.pt; at step 0 the
-    pre-trained model's, which the report calls "before"."""
-    state = run.state
-    if state.step % config.training.eval_every or state.step <= state.validated:
+def validate_when_due(config, run, reward, val):
+    """Every --eval-every steps, at the start and at the end: PSNR and reward of the deterministic
+    output on `val`, against the start. Its mean PSNR over tasks chooses best.pt."""
+    state, history = run.state, run.state.history
+    is_due = state.step % config.training.eval_every == 0 or state.seen >= state.total
+    if not (val and is_due) or (history and history[-1]["step"] == state.step):
         return
-    restoring = state.restore if state.step else partial(restore, pretrained)
-    rows = validate(run, restoring, val, "validate")
-    state.before = state.before or rows
-    keep_best(run, rows)
-    state.validated = state.step
-    run.start_clock()
-
-
-def validate(run, restoring, val, desc):
-    """AdaIR's protocol over `val`, by all processes."""
-    return evaluate(restoring, val, mapper=partial(runs.parallel_map, desc=desc, stop=run.stop))
-
-
-def keep_best(run, rows):
-    """Saves best.pt if the mean PSNR over tasks of these rows is the highest so far."""
-    value = report.mean_of_tasks(rows, "psnr") if rows else -math.inf
-    if value > run.state.best:
-        run.state.best = value
+    rows = report.by_task(measure(run, reward, state.restore, val, "validate"))
+    found = {
+        key: {task: report.mean(of_task, key) for task, of_task in rows.items()}
+        for key in ("psnr", "reward")
+    }
+    best = max((report.mean_of(past["psnr"]) for past in history), default=-math.inf)
+    history.append({"step": state.step, **found})
+    if report.mean_of(found["psnr"]) > best:
         run.save("best.pt")
+    gains = report.gains_since_start(history)[-1]
+    words = f"{gains['psnr']['mean']:+.3f} dB, reward {gains['reward']['mean']:+.5f}"
+    named = {f"val/{key}/{task}": v for key, of in gains.items() for task, v in of.items()}
+    run.tell(named, f"{config.objective} (validation {words})")
+
+
+def measure(run, reward, restoring, samples, desc):
+    """AdaIR's protocol and the reward over `samples`, by all processes: rows."""
+
+    def also(sample, degraded, restored, gt):
+        return dict(reward=reward.of_image(restored, gt, sample.task))
+
+    mapper = partial(runs.parallel_map, desc=desc, stop=run.stop)
+    return evaluate(restoring, samples, also, mapper)
 
 
 def batch_psnr(restored, gt):
@@ -301,8 +335,8 @@ def train(config, stop, judge=None):
     # The three things a run is made of: a pre-trained model, a reward, samples.
     pretrained = load_pretrained(config.init, config.policy.mask_rule)
     pretrained = pretrained.to(config.device, memory_format=torch.channels_last)
-    reward = None if config.objective == "sft" else make_reward(config, judge)
-    samples, val = usable_samples(config.samples)
+    reward = make_reward(config, judge)
+    samples, val, held_out = usable_samples(config.samples)
     step = checkpoint["step"] if checkpoint else None
     runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
 
@@ -313,24 +347,24 @@ def train(config, stop, judge=None):
     training = dataclasses.replace(config.training, max_minutes=None)
     stored = dataclasses.replace(config, resume=None, device=device, training=training)
     runs.save_json(folder / "config.json", dataclasses.asdict(stored))  # now --resume goes on
-    if reward:
-        expert = config.expert
-        name = judge and f"{expert.judge_model or expert.judge}, {expert.judge_mode}"
-        describe_reward(reward, name, folder)
+    expert = config.expert
+    name = judge and f"{expert.judge_model or expert.judge}, {expert.judge_mode}"
+    describe_reward(reward, name, folder)
 
     again, training = f"--resume {folder}", config.training
     shell = config.device, config.samples.workers, training.save_every, training.keep_every, ERRORS
     with runs.Run(folder, stop, again, *shell) as run:
-        if reward:
-            state = post_train(config, run, pretrained, reward, samples, val, judge, checkpoint)
+        given = config, run, pretrained, reward, samples, val
+        if config.objective == "sft":
+            state = fine_tune(*given, checkpoint)
         else:
-            state = fine_tune(config, run, pretrained, samples, val, checkpoint)
+            state = post_train(*given, judge, checkpoint)
         run.save("last.pt")
-        if len(set(runs.gather(model_digest(state.model)))) > 1:
+        if len(set(runs.gather(model_digest(state.live["model"])))) > 1:
             runs.say(
                 "note: the processes' weights are not equal to the bit; the first one's are kept"
             )
-        write_report(config, run, pretrained, val)
+        write_report(config, run, pretrained, reward, held_out)
 
 
 def make_reward(config, judge):
@@ -353,20 +387,23 @@ def describe_reward(reward, judge, folder):
     runs.save_json(folder / "rewards.json", rows)
 
 
-def usable_samples(samples):
-    """(training, validation) samples; those to measure on are decoded once, those to train on when
-    they are mined. Raises DataError when nothing is left to measure on."""
-    tasks = task_names(samples.tasks) if samples.tasks else ()
-    train, val, problems = list_training(samples.data_root, tasks=tasks, listed=samples.listed)
-    runs.same_everywhere("list of images", names_digest(train + val))
-    val, broken = split_usable(val, 16)
-    runs.say_skipped(problems + broken)
-    if not val:
+def usable_samples(config):
+    """(training, validation, held-out) samples; those to measure on are decoded once, those to
+    train on when they are mined. Raises DataError when nothing is left to measure on."""
+    tasks = task_names(config.tasks) if config.tasks else ()
+    split = list_training(config.data_root, tasks=tasks, listed=config.listed)
+    samples = in_draws(split.train, config.draws, config.crop)
+    runs.same_everywhere("list of images", names_digest([*samples, *split.val, *split.held_out]))
+    val, broken = split_usable(split.val, 16)
+    held_out, more = split_usable(split.held_out, 16)
+    runs.say_skipped(split.problems + broken + more)
+    if not (val and held_out):
         words = "none of the images set aside to measure on can be read"
-        raise DataError(f"{words}: {broken[0]}")
-    counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in train).items())
-    runs.say(f"training images: {counts}; set aside: {len(val)}")
-    return train, val
+        raise DataError(f"{words}: {(broken + more)[0]}")
+    counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in samples).items())
+    aside = f"{len(val)} to choose on, {len(held_out)} to report on"
+    runs.say(f"training images: {counts}; set aside: {aside}")
+    return samples, val, held_out
 
 
 def make_judge(config, stop):
@@ -421,30 +458,23 @@ def start_judge(judge, sample, config):
     judge.start(degraded, gt, config.policy.group_size)
 
 
-def one_of_each_task(samples):
-    """One sample per task, of different images where there are several."""
-    groups = {}
-    for sample in samples:
-        groups.setdefault(sample.task, []).append(sample)
-    return [group[k % len(group)] for k, group in enumerate(groups.values())]
-
-
-def write_report(config, run, pretrained, val):
-    """The last step against the start, on images nothing was trained on: report.md, report.json,
-    curves.png, samples.png."""
+def write_report(config, run, pretrained, reward, held_out):
+    """The last step against the start, on images that were looked at by nobody before: report.md,
+    report.json, curves.png, samples.png."""
     state, folder = run.state, run.folder
-    before, after = state.before, validate(run, state.restore, val, "after")
-    keep_best(run, after)
+    before = measure(run, reward, partial(restore, pretrained), held_out, "before")
+    after = measure(run, reward, state.restore, held_out, "after")
     if runs.rank():
         return
+    gains = [new["psnr"] - old["psnr"] for old, new in zip(before, after)]
     rows = []
-    for sample in one_of_each_task(val):
-        degraded, gt = evaluation_pair(sample)
+    for i in report.typical_and_worst(before, gains):
+        degraded, gt = evaluation_pair(held_out[i])
         images = dict(input=degraded, before=restore(pretrained, degraded))
         images["after"] = state.restore(degraded)
         captions = [(f"{name}  {psnr(image, gt):.2f} dB", image) for name, image in images.items()]
-        captions[0] = f"{sample.task}: {captions[0][0]}", degraded
-        rows.append([*captions, ("truth", gt)])
+        captions[0] = f"{held_out[i].task}: {captions[0][0]}", degraded
+        rows.append([*captions, (f"truth  ({gains[i]:+.2f} dB)", gt)])
     runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
     steps = lost = failures = 0
     for row in runs.read_metrics(folder):  # of a long run too many to hold
@@ -452,9 +482,10 @@ def write_report(config, run, pretrained, val):
         failures += int(row.get("judge/failures", 0))
     every = 1 + steps // 10_000  # what a plot can show
     shown = list(itertools.islice(runs.read_metrics(folder), 0, None, every))
-    report.plot_curves(folder / "curves.png", shown)
+    report.plot_curves(folder / "curves.png", shown, state.history)
 
-    table = report.before_after_table(before, after)
+    hard = mining.select(before, 0.3)
+    table = report.before_after_table(before, after, hard)
     notes = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
     if config.expert.judge != "none":
         notes += f" The judge left {failures} rollouts without a score in {steps} steps."
@@ -465,14 +496,18 @@ def write_report(config, run, pretrained, val):
 {table}
 
 Seed {config.seed}, torch {torch.__version__}, {config.device}. PSNR and SSIM by AdaIR's protocol,
-deterministic output of the last step.{notes}
+deterministic output of the last step; the reward without the judge's part. Hard are the 30 % of
+each task with the lowest PSNR before.{notes}
 Command: `{config.command}`
 
 ![curves](curves.png)
 ![samples](samples.png)
+
+The last row of the samples is the image that lost most, the others are of median gain.
 """
     runs.write_atomic(folder / "report.md", text.encode())
-    runs.save_json(folder / "report.json", dict(before=before, after=after))
+    stored = dict(before=before, after=after, hard=hard, validation=state.history)
+    runs.save_json(folder / "report.json", stored)
     files = "report.md, curves.png, samples.png, last.pt, metrics.jsonl"
     runs.say(f"\n{table}\n\neverything of this run lies in {folder}: {files}")
 

@@ -87,18 +87,20 @@ def init(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    for i in range(5):
+    for i in range(6):
         write(tmp_path / f"photos/{i}.png", width=64, height=48, seed=i)
     return tmp_path / "photos"
 
 
 @pytest.fixture
 def small(init, photos, tmp_path):
-    """Flags of a run of train.py that takes seconds: 4 photographs to train on, 1 to measure on."""
+    """Flags of a run of train.py that takes seconds: 4 photographs to train on, 1 to choose on, 1 to
+    report on."""
 
     def flags(name, *more):
         base = ["--init", init, "--data-root", photos, "--out", tmp_path / name, "--device", "cpu"]
         base += ["--crop", 32, "--steps", 10, "--save-every", 4, "--eval-every", 5]
+        base += ["--draws", 1, "--batch-size", 1]
         return [str(flag) for flag in (*base, *more)]
 
     return flags

@@ -114,7 +114,7 @@ def test_restore_a_folder_and_refuse_to_overwrite(init, photos, tmp_path, capsys
     flags = ["restore", photos, "--ckpt", init, "--out", out, "--device", "cpu"]
     assert evaluation.main([str(flag) for flag in flags]) is None
     assert Image.open(out / "sub/grey.png").size == (33, 41)
-    assert len(list(out.rglob("*.png"))) == 6
+    assert len(list(out.rglob("*.png"))) == 7
     expected = restore(load_adair(init), read_image(photos / "0.png")).clamp(0, 1)
     difference = (read_image(out / "0.png") - expected).abs().max()
     assert difference < 0.51 / 255 + 1e-4  # rounded, not truncated
@@ -128,7 +128,7 @@ def test_restore_names_what_it_cannot_read(init, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"nothing")
     flags = ["restore", photos, "--ckpt", init, "--out", tmp_path / "out", "--device", "cpu"]
     said = fails(capsys, evaluation.main, flags)
-    assert "1 of 6 photo(s) could not be restored" in said
-    assert len(list((tmp_path / "out").iterdir())) == 5
+    assert "1 of 7 photo(s) could not be restored" in said
+    assert len(list((tmp_path / "out").iterdir())) == 6
     flags[1] = "/nowhere.jpg"
     assert "there is no photo" in fails(capsys, evaluation.main, flags)

@@ -176,3 +176,12 @@ def test_a_group_drawn_in_parts_is_that_of_each_image_alone():
                 for stored, seen in zip(group.states, controller.states):
                     for s, t in zip(stored, seen):
                         assert torch.allclose(s[b, i], t[0], atol=1e-5)
+
+
+def test_shuffled_advantages_stay_in_their_group():
+    advantages = torch.randn(50, 4)
+    generators = [torch.Generator().manual_seed(k) for k in range(50)]
+    found = grpo.shuffled(advantages, generators)
+    assert torch.equal(found.sort(dim=1).values, advantages.sort(dim=1).values)
+    kept = (found == advantages).float().mean().item()
+    assert 0.15 < kept < 0.35  # one in four stays by chance

@@ -245,3 +245,66 @@ def test_a_policy_of_another_kind_is_refused_by_name(setting):
 def test_a_concentration_out_of_reach_is_refused(concentration):
     with pytest.raises(policies.PolicyError, match="out of a head's reach"):
         policies.policy_for(small_adair(), concentration)
+
+
+# ------------------------------------------------------------------------- what is usual of a state
+
+
+def seen(net, policy, n=12):
+    """States of n images of different brightness."""
+    images = [(0.2 + 0.06 * i) * torch.rand(3, 32, 32) for i in range(n)]
+    return policies.states_on(net, policy, images)
+
+
+def test_fitted_heads_see_deviations_from_the_mean(setting):
+    net, policy, _ = setting
+    states = seen(net, policy)
+    policy.fit(states)
+    for head, state in policy.heads(states):
+        z = head.normalise(state).double().numpy()
+        raw = state.double().numpy()
+        expected = (raw - raw.mean(axis=0)) / (raw.std(axis=0) + 1e-6)
+        assert np.allclose(z, expected.clip(-3, 3), atol=1e-3)
+        assert head.normalise(1e6 * state).abs().max() == 3  # cut off
+    assert 0 <= policy.clipped(states) < 0.1
+    assert policy.clipped([tuple(1e6 * s for s in pair) for pair in states]) > 0.9
+
+
+def test_a_fitted_policy_sees_images_that_differ_little(setting):
+    """The same heads: unfitted, their densities are almost the same for all images; fitted, they
+    are not. And a fresh policy changes nothing, fitted or not."""
+    net, policy, x = setting
+    blind = perturb(policies.policy_for(net))
+    sighted = policies.policy_for(net)
+    sighted.load_state_dict(blind.state_dict())
+    states = [(rate, 0.01 * fuse) for rate, fuse in seen(net, policy)]
+    sighted.fit(states)
+    spread = [
+        p.densities(states)[0].log().std(dim=0)[:, 2:].mean().item() for p in (blind, sighted)
+    ]
+    assert spread[1] > 5 * spread[0]
+    policy.fit(states)
+    assert (rollout(net, policy.mean(), x) - rollout(net, None, x)).abs().max() < 1e-5
+
+
+def test_statistics_are_frozen_with_the_reference_and_travel(setting, tmp_path):
+    net, policy, _ = setting
+    states = seen(net, policy)
+    policy.fit(states)
+    reference = policy.frozen_copy()
+    torch.save(policies.policy_state(policy), tmp_path / "p.pt")
+    policy.fit(seen(net, policy, 3))
+    loaded = policies.load_policy(read_checkpoint(tmp_path / "p.pt"))
+    pairs = zip(reference.densities(states), loaded.densities(states))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(policy.fuse[0].normalise.mean, reference.fuse[0].normalise.mean)
+
+
+def test_early_checkpoints_see_raw_states(setting):
+    net, policy, _ = setting
+    early = perturb(policies.BetaPolicy(net.channels, (0.25, 0.25), normalised=False))
+    stored = policies.policy_state(early)
+    assert not any("normalise" in name for name in stored["policy"])
+    del stored["policy_config"]["normalised"]  # they do not say so
+    loaded, states = policies.load_policy(stored), seen(net, policy)
+    assert torch.equal(loaded.densities(states)[0], early.densities(states)[0])

@@ -423,3 +423,29 @@ def test_a_wrong_weights_file_is_named(tmp_path):
         rewards.load_net("aes", tmp_path / rewards.NETS["aes"].file)
     with pytest.raises(rewards.RewardError, match="does not hold the weights of lpips"):
         rewards.Reward(rewards.parse_terms("lpips,psnr"), weights_dir=tmp_path)
+
+
+def test_one_image_is_rewarded_as_in_a_group(pair):
+    y, gt = pair
+    reward = rewards.Reward(rewards.parse_terms("default"))
+    for task in ("denoise25", "derain", "lowlight"):
+        found, _ = reward(y[:, None], y, gt, [task] * 2)
+        alone = [reward.of_image(*images, task) for images in zip(y, gt)]
+        assert found.flatten().tolist() == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_reward_has_a_gradient(pair):
+    """Against finite differences along a random direction."""
+    y, gt = (0.1 + 0.8 * t.double() for t in pair)
+    reward = rewards.Reward(rewards.parse_terms("default"))
+    tasks, direction = ["dehaze", "deblur"], torch.randn_like(y)
+
+    def value(step):
+        return reward.differentiable(y + step * direction, gt, tasks)
+
+    moved = y.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward.differentiable(moved, gt, tasks).sum(), moved)
+    slope = (gradient * direction).sum(dim=(1, 2, 3))
+    with torch.no_grad():
+        differences = (value(1e-3) - value(-1e-3)) / 2e-3
+    assert torch.allclose(slope.float(), differences, rtol=0.02)

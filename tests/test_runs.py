@@ -86,7 +86,7 @@ def once(tmp_path_factory):
     """A model, photographs and test sets."""
     folder = tmp_path_factory.mktemp("two")
     save_adair(folder / "init.pt", small_adair(para1=0.1))
-    for i in range(5):
+    for i in range(6):
         write(folder / f"photos/{i}.png", width=64, height=48, seed=i)
     for i in range(3):
         write(folder / f"bench/real/target/{i}.png", seed=i)

@@ -3,13 +3,9 @@ equations, bad input."""
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -33,7 +29,7 @@ import pretrain
 import runs
 import train
 from config import DEMO_MODEL, parse
-from data import EMBEDDED_HELD_OUT, TASKS, Crops, Sample, list_embedded, list_training, load_pair
+from data import TASKS, Crops, Sample, list_training, load_pair
 from grpo import rollout
 from metrics import evaluate, psnr
 from model import load_adair, read_checkpoint, restore
@@ -72,12 +68,26 @@ def test_a_run_leaves_everything_a_run_folder_has(small, init, photos, tmp_path,
 
     # "before" is the pre-trained model scored by hand, "after" the stored one
     report = json.loads((run / "report.json").read_text())
-    val, net = list_training(photos)[1], load_adair(init)
-    by_hand = evaluate(lambda x: restore(net, x), val)
-    after = evaluate(evaluation.load(run, "cpu")[0], val)
+    _, val, held_out, _ = list_training(photos)
+    net, reward = load_adair(init), Reward(parse_terms("default"))
+
+    def of(sample, degraded, restored, gt):
+        rewards, _ = reward(restored[None, None], degraded[None], gt[None], [sample.task])
+        return dict(reward=rewards.item())
+
+    by_hand = evaluate(lambda x: restore(net, x), held_out, of)
+    after = evaluate(evaluation.load(run, "cpu")[0], held_out, of)
     for found, expected in ((report["before"], by_hand), (report["after"], after)):
-        assert [r["psnr"] for r in found] == pytest.approx([r["psnr"] for r in expected], abs=1e-3)
+        for key in ("psnr", "reward"):
+            values = [r[key] for r in expected]
+            assert [r[key] for r in found] == pytest.approx(values, abs=1e-3)
     assert report["before"] != report["after"]
+
+    # validation, on other images, at the start, every 5 steps and at the end
+    assert [found["step"] for found in report["validation"]] == [0, 5, 10]
+    rows = evaluate(lambda x: restore(net, x), val)
+    start = report["validation"][0]["psnr"]
+    assert start == pytest.approx({r["task"]: r["psnr"] for r in rows}, abs=1e-3)
 
 
 def test_the_sft_control_moves_the_backbone_alone(small, init, tmp_path):
@@ -86,7 +96,8 @@ def test_the_sft_control_moves_the_backbone_alone(small, init, tmp_path):
     heads = policy_for(start).state_dict()
     assert all(torch.equal(v, heads[k]) for k, v in stored["policy"].items() if "out" in k)
     assert not torch.equal(stored["model"]["output.weight"], start.output.weight)
-    assert not (tmp_path / "sft/rewards.json").exists()
+    report = json.loads((tmp_path / "sft/report.json").read_text())
+    assert all(0 < row["reward"] < 1 for row in report["after"])  # measured, not learned from
 
 
 def test_workers_and_reused_scores_change_nothing(small, tmp_path):
@@ -139,7 +150,7 @@ def test_tasks_and_lists_choose_what_is_trained_on(small, tmp_path, capsys):
     ):
         listed.write_bytes(content)
         assert words in fails(capsys, train.main, small("run", "--list", listed))
-    listed.write_text("0.png\n\n./1.png\n2.png\n")
+    listed.write_text("0.png\n\n./1.png\n2.png\n3.png\n")
     train.main(small("run", "--tasks", "denoise", "dehaze", "--list", listed, "--steps", 1))
     rows = json.loads((tmp_path / "run/hard.json").read_text())["rows"]
     assert {r["task"] for r in rows} == {"denoise15", "denoise25", "denoise50", "dehaze"}
@@ -152,22 +163,10 @@ def test_tasks_and_lists_choose_what_is_trained_on(small, tmp_path, capsys):
 # -------------------------------------------------------------------------------- one step, by hand
 
 
-class Shuffled:
-    """A reward whose values are permuted inside each group, and with them the advantages."""
-
-    def __init__(self, reward, seed):
-        self.reward, self.generator = reward, torch.Generator().manual_seed(seed)
-
-    def __call__(self, *scene):
-        r, terms = self.reward(*scene)
-        order = torch.rand(r.shape, generator=self.generator).argsort(dim=1)
-        return r.gather(1, order), terms
-
-
 def post_train(folder, net, reward, samples, *flags):
     """`train.post_train` on these samples, all of which are trained on: its State."""
     folder.mkdir(exist_ok=True)
-    argv = ["--device", "cpu", "--hard-ratio", 1, "--eval-every", 10_000, *flags]
+    argv = ["--device", "cpu", "--hard-ratio", 1, "--warm-up", 0, "--schedule", "constant", *flags]
     config = parse([str(flag) for flag in argv])
     with runs.Run(folder, runs.Stop(), "", save_every=10_000) as run:
         return config, train.post_train(config, run, net, reward, samples, [])
@@ -187,7 +186,7 @@ def test_one_step_is_what_the_equations_say(tmp_path):
         "--group-size 3 --kl-beta 0.5 --entropy-tau 0.02 --crop 32 --batch-size 2 --lr 0 --steps 1"
     )
     config, state = post_train(tmp_path / "run", net, score, samples, *flags.split())
-    model, policy = state.model, state.policy
+    model, policy = state.live.values()
     modules = (*model.named_parameters(), *policy.named_parameters())
     found = {name: p.grad.clone() for name, p in modules if p.grad is not None}
     model.zero_grad(), policy.zero_grad()
@@ -226,11 +225,8 @@ def test_one_step_is_what_the_equations_say(tmp_path):
 def test_reward_rises_and_does_not_when_advantages_are_shuffled(tmp_path):
     """Does the policy learn? A frozen backbone, a handful of hazed and dark images, 40 steps."""
     net, score, samples, side = load_adair(DEMO_MODEL), Reward(parse_terms("psnr")), [], 32
-    for s in [
-        s
-        for s in list_embedded(["astronaut.png", "coffee.png"])
-        if s.task in ("dehaze", "lowlight")
-    ][::5]:
+    photos = [s for s in list_training(None).train if s.task in ("dehaze", "lowlight")]
+    for s in photos[::5]:
         paths = []
         for kind, image in zip(("degraded", "gt"), load_pair(s)):
             pixels = (image[:, 60 : 60 + side, 60 : 60 + side] * 255).round().byte()
@@ -250,8 +246,9 @@ def test_reward_rises_and_does_not_when_advantages_are_shuffled(tmp_path):
 
     start = deterministic(policy_for(net))
     _, state = post_train(tmp_path / "run", net, score, samples, *flags.split())
-    _, shuffled = post_train(tmp_path / "control", net, Shuffled(score, 0), samples, *flags.split())
-    learned, control = deterministic(state.policy), deterministic(shuffled.policy)
+    flags += " --shuffle-advantages"
+    _, shuffled = post_train(tmp_path / "control", net, score, samples, *flags.split())
+    learned, control = (deterministic(s.averaged.module["policy"]) for s in (state, shuffled))
     print(f"mean reward: start {start:.4f}, learned {learned:.4f}, shuffled {control:.4f}")
     assert learned > start + 0.01  # of a reward whose 0.025 is 1 dB
     assert control < start + 0.3 * (learned - start)
@@ -262,8 +259,7 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
     rewards that differ by far more than eight computations of the same rollout do."""
     net, score = load_adair(DEMO_MODEL), Reward(parse_terms("default"))
     policy, losses, deviations, rounding = policy_for(net), [], [], []
-    chosen = ("chelsea@33,54", "rocket@32,21")
-    for sample in [s for s in list_embedded(EMBEDDED_HELD_OUT) if s.name in chosen]:
+    for sample in [s for s in list_training(None).val if s.name in ("kodim03.png", "kodim15.png")]:
         degraded, gt = (t[None, :, :64, :64] for t in load_pair(sample))
         with torch.no_grad():
             encoding = net.encode(degraded)
@@ -280,56 +276,6 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
         deviations,
         rounding,
     )
-
-
-# ------------------------------------------------------------------------------------- pre-training
-
-
-@pytest.fixture
-def pretraining(photos, tmp_path):
-    """Flags of a pre-training that takes seconds."""
-
-    def flags(name, *more):
-        size = "--crop 16 32 --batch-size 4 --steps 28 --save-every 1000 --device cpu".split()
-        base = ["--data-root", photos, "--out", tmp_path / name, *size]
-        return [str(flag) for flag in (*base, *more)]
-
-    return flags
-
-
-def test_pretraining_that_was_ended_reaches_the_same_weights(pretraining, tmp_path, capsys):
-    """SIGTERM in mid-training, in this process; kills, and those of the main job, are in
-    test_runs.py."""
-    new = "--dim 8 --blocks 1 1 1 1 --refinement 1".split()
-
-    def ask():
-        while len(logged(tmp_path / "ended")) < 20:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=ask, daemon=True).start()
-    pretrain.main(pretraining("ended", *new))
-    step = read_checkpoint(tmp_path / "ended/last.pt")["step"]
-    assert 20 <= step < 28 and f"stopped by SIGTERM, after step {step}" in capsys.readouterr().out
-    pretrain.main(pretraining("ended", *new))
-    pretrain.main(pretraining("whole", *new))
-    whole, again = (
-        read_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("whole", "ended")
-    )
-    assert all(torch.equal(v, again[k]) for k, v in whole.items())
-    assert load_adair(tmp_path / "whole/model.pt").config["rates"] == [0.25, 0.25]
-    rows = [without_times(logged(tmp_path / name)) for name in ("whole", "ended")]
-    assert rows[0] == rows[1] and [r["crop"] for r in rows[0]] == [16] * 21 + [32] * 7
-
-
-def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_path, capsys):
-    flags = pretraining("p", "--batch-size", 1, "--steps", 1, "--init", init)
-    said = fails(capsys, pretrain.main, [*flags, "--dim", 8])
-    assert "--dim goes with a new model" in said
-    pretrain.main(flags)
-    assert "with another --lr" in fails(capsys, pretrain.main, [*flags, "--lr", 0.5])
-    torch.save({"step": 1}, tmp_path / "p/last.pt")
-    assert "of another model" in fails(capsys, pretrain.main, flags)
 
 
 def test_old_command_lines_name_the_new_program(capsys):
@@ -417,8 +363,8 @@ def test_before_is_the_pre_trained_model_under_its_own_mask_rule(small, tmp_path
     flags = ["--init", tmp_path / "official.pt", "--data-root", tmp_path / "large"]
     train.main(small("run", *flags, "--tasks", "derain", "--steps", 1))
     report = json.loads((tmp_path / "run/report.json").read_text())
-    val = list_training(tmp_path / "large", tasks=["derain"])[1]
-    by_hand = [r["psnr"] for r in evaluate(lambda x: restore(net, x), val)]
+    held_out = list_training(tmp_path / "large", tasks=["derain"]).held_out
+    by_hand = [r["psnr"] for r in evaluate(lambda x: restore(net, x), held_out)]
     assert [r["psnr"] for r in report["before"]] == pytest.approx(by_hand, abs=1e-4)
 
 

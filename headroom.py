@@ -1,0 +1,412 @@
+"""What a policy could move on a model, measured before anybody rents GPUs for RL.
+
+    python headroom.py                                            the demo model
+    python headroom.py --ckpt adair5d.ckpt --data-root data       yours
+    python headroom.py --ckpt runs/NAME                           a run: also what it reached
+
+On crops that nothing was trained on, per task and in PSNR and reward, gains over the model's own
+output: the best of 4, 16 and 64 sampled actions; each of the 12 controls swept alone; the best
+gates of every single image, by gradient ascent; and what heads can learn at most, trained by
+backpropagation of the reward on other images. The first four know the truth of the image; only the
+last could be had in use.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import report
+import rewards
+import runs
+from data import Crops, DataError, in_draws, list_training
+from metrics import evaluation_pair
+from model import CheckpointError, load_adair, read_checkpoint
+from policy import (
+    CONTROLS,
+    GATE_MEAN,
+    PolicyError,
+    load_policy,
+    observe,
+    policy_for,
+    states_on,
+)
+
+DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
+BEST_OF = (4, 16, 64)
+RATES = (0.05, 0.15, 0.4, 0.6, 0.8, 0.95)  # that a rate is swept over
+GATES = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # and a gate, as a factor
+AT_ONCE = 16  # actions of one image that are decoded together
+
+
+@dataclass
+class Config:
+    """Measure what a policy could move on a model."""
+
+    ckpt: str = str(DEMO_MODEL)
+    """pre-trained AdaIR, official or ours, or the folder of a run"""
+    data_root: str | None = None
+    """AdaIR's data folder, or a folder of photos; without it, the demo's photographs"""
+    images: int = 2
+    """images per task to measure on, of those set aside for validation"""
+    crop: int = 128
+    """px, of all images"""
+    rewards: str = "default"
+    """terms, as for train.py"""
+    weights_dir: str | None = None
+    """where clip, lpips and aes find their weights; without it, torch's cache"""
+    concentration: float = 30.0
+    """α + β that the sampled gates have"""
+    ascent: int = 30
+    """steps of gradient ascent on the gates of an image"""
+    learning: int = 80
+    """steps in which heads learn by backpropagation, of one image a task"""
+    out: str = "runs/headroom"
+    """folder of headroom.md, .json and .png"""
+    seed: int = 0
+    """of the sampled actions and the training crops"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
+
+
+class Crop(NamedTuple):
+    """An image to measure on, and what the model makes of it."""
+
+    task: str
+    gt: torch.Tensor  # (1, 3, S, S)
+    encoding: tuple
+    psnr: float  # of the deterministic output
+    reward: float
+
+
+def check(config):
+    """Raises RunError, in one sentence, for values that cannot work."""
+    counts = dict.fromkeys(("images", "ascent", "learning"), "[1, inf)")
+    runs.check_ranges(config, **counts, concentration="(2, 3000]", seed="[0, inf)")
+    runs.check_multiple_of_8("--crop", config.crop)
+    runs.check_device(config.device)
+
+
+# ---------------------------------------------------------------------------------- what is scored
+
+
+def psnr_of(restored, gt):
+    """PSNR in dB of (B, 3, H, W), clamped, with graph: (B,)."""
+    return -10 * (restored.clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def controls_of(actions):
+    """Actions (B, 3, 4) in (0, 1) as a controller; the gates act divided by their mean."""
+    factors = torch.cat((actions[..., :2], actions[..., 2:] / GATE_MEAN), dim=-1)
+    return lambda level, f, y: factors[:, level]
+
+
+@torch.no_grad()
+def score(model, reward, crop, actions):
+    """(PSNR, reward) gains of actions (N, 3, 4) on one crop over its deterministic output, (N,)
+    each."""
+    psnrs, values = [], []
+    for part in actions.split(AT_ONCE):
+        restored = model.decode(crop.encoding, controls_of(part), copies=len(part))
+        gt = crop.gt.expand(len(part), -1, -1, -1)
+        psnrs.append(psnr_of(restored, gt) - crop.psnr)
+        values.append(reward.differentiable(restored, gt, [crop.task] * len(part)) - crop.reward)
+    return torch.cat(psnrs), torch.cat(values)
+
+
+def start_of(model):
+    """The action (3, 4) that leaves the model as it is."""
+    return torch.tensor([[*model.config["rates"], GATE_MEAN, GATE_MEAN]] * 3)
+
+
+# --------------------------------------------------------------------------- the five measurements
+# Each returns {column: (gain in dB, gain in reward)} for one crop.
+
+
+def best_of_sampled(model, reward, policy, crop, generator):
+    """The best of N sampled actions, in the mean over as many groups of N as were drawn."""
+    parts = []
+    with torch.no_grad():
+        for _ in range(max(BEST_OF) // AT_ONCE):
+            controller = policy.sample([generator])
+            model.decode(crop.encoding, controller, copies=AT_ONCE)
+            parts.append(controller.actions)
+    gains = score(model, reward, crop, torch.cat(parts))
+
+    def best(n):
+        return tuple(gain.view(-1, n).max(dim=1).values.mean().item() for gain in gains)
+
+    return {f"best of {n}": best(n) for n in BEST_OF}
+
+
+def swept(model, reward, crop):
+    """The best value of each control, the other eleven as they are; never less than none."""
+    start, found = start_of(model).to(crop.gt.device), {}
+    for level in range(3):
+        for k, name in enumerate(CONTROLS):
+            values = RATES if k < 2 else [GATE_MEAN * factor for factor in GATES]
+            actions = start.repeat(len(values), 1, 1)
+            actions[:, level, k] = torch.tensor(values)
+            gains = score(model, reward, crop, actions)
+            found[f"{level + 1}.{name}"] = tuple(max(0.0, g.max().item()) for g in gains)
+    return found
+
+
+def gate_oracle(model, reward, crop, steps):
+    """The best six gates that gradient ascent finds for this one image: one ascent of its PSNR,
+    one of its reward."""
+    start, best = start_of(model).to(crop.gt.device), []
+    for objective in ("psnr", "reward"):
+        logs = torch.zeros(3, 2, device=crop.gt.device, requires_grad=True)  # log of the factors
+        optimizer, highest = torch.optim.Adam([logs], lr=0.03), 0.0
+        for _ in range(steps):
+            gates = GATE_MEAN * logs.exp()
+            actions = torch.cat((start[:, :2], gates), dim=1)[None]
+            restored = model.decode(crop.encoding, controls_of(actions))
+            if objective == "psnr":
+                gain = psnr_of(restored, crop.gt).sum() - crop.psnr
+            else:
+                gain = reward.differentiable(restored, crop.gt, [crop.task]).sum() - crop.reward
+            highest = max(highest, gain.item())
+            optimizer.zero_grad()
+            (-gain).backward()
+            optimizer.step()
+        best.append(highest)
+    return {"best gates": tuple(best)}
+
+
+def with_graph(policy):
+    """The deterministic policy, differentiable in its heads. (The rates become whole numbers of
+    pixels: they have no gradient.)"""
+
+    def controller(level, f, y):
+        alpha, beta = policy.level(level, *observe(f, y))
+        action = alpha / (alpha + beta)
+        return torch.cat((action[:, :2], action[:, 2:] / GATE_MEAN), dim=1)
+
+    return controller
+
+
+def learn(model, reward, policy, crops, config):
+    """Trains heads by backpropagation of the reward through the deterministic output, on training
+    crops: what no policy gradient can beat by much."""
+    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    tasks = sorted({s.task for s in crops.samples})
+    numbers = {task: [] for task in tasks}
+    epoch = [crops.samples[i].task for i in crops.order(0)]
+    for n, task in enumerate(epoch):
+        numbers[task].append(n)
+    for step in tqdm(range(config.learning), desc="learnable", leave=False):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / config.learning)
+        chosen = [numbers[task][step % len(numbers[task])] for task in tasks]
+        batch = crops.collate([crops[n] for n in chosen])
+        degraded, gt = batch.degraded.to(config.device), batch.gt.to(config.device)
+        with torch.no_grad():
+            encoding = model.encode(degraded)
+        restored = model.decode(encoding, with_graph(policy))
+        loss = -reward.differentiable(restored, gt, batch.tasks).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------- the program
+
+
+def load(config):
+    """(the pre-trained model, None or (model, policy) of a run). Raises CheckpointError,
+    RunError."""
+    folder = Path(config.ckpt)
+    if not folder.is_dir():
+        model = load_adair(config.ckpt)
+        if model.config["mask_rule"] == "adair":
+            model.config["mask_rule"] = "fraction"  # as in training: rates act at every size
+        return model, None
+    checkpoint = read_checkpoint(folder / "last.pt")
+    policy = load_policy(checkpoint)
+    stored = runs.load_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if policy is None or "init" not in stored:
+        raise runs.RunError(f"{folder} is no run of train.py: give its folder, or a checkpoint")
+    trained = load_adair(folder / "last.pt", checkpoint)
+    model = load_adair(stored["init"])
+    model.config["mask_rule"] = trained.config["mask_rule"]
+    return model, (trained, policy)
+
+
+def crops_to_measure(model, reward, samples, config):
+    """The centres of the first `images` images of every task."""
+    crops, seen = [], {}
+    for sample in samples:
+        seen[sample.task] = seen.get(sample.task, 0) + 1
+        if seen[sample.task] > config.images:
+            continue
+        degraded, gt = evaluation_pair(sample)
+        if min(gt.shape[1:]) < config.crop:
+            raise DataError(f"{sample.gt} is smaller than --crop {config.crop}")
+        top, left = ((side - config.crop) // 2 for side in gt.shape[1:])
+        window = (slice(None), slice(top, top + config.crop), slice(left, left + config.crop))
+        x, gt = (image[window][None].to(config.device) for image in (degraded, gt))
+        with torch.no_grad():
+            encoding = model.encode(x)
+            restored = model.decode(encoding, controls_of(start_of(model).to(x.device)[None]))
+            value = reward.differentiable(restored, gt, [sample.task]).item()
+        crops.append(Crop(sample.task, gt, encoding, psnr_of(restored, gt).item(), value))
+    return crops
+
+
+def minutes(model, reward, crop, config, n_crops, n_tasks):
+    """How long it will take, from one batch of actions and one step of ascent."""
+    begin = time.perf_counter()
+    score(model, reward, crop, start_of(model).to(crop.gt.device).repeat(AT_ONCE, 1, 1))
+    of_batch, begin = time.perf_counter() - begin, time.perf_counter()
+    gate_oracle(model, reward, crop, 1)
+    of_step = (time.perf_counter() - begin) / 2
+    per_crop = 2 * max(BEST_OF) / AT_ONCE + 12 * len(RATES) / AT_ONCE
+    total = n_crops * (per_crop * of_batch + 2 * config.ascent * of_step)
+    return (total + 1.5 * config.learning * n_tasks * of_step) / 60
+
+
+def measure(config):
+    """All measurements: ([task of a crop], {column: (n, 2) gains in dB and reward}, a sentence on
+    the states)."""
+    model, run = load(config)
+    model = model.to(config.device, memory_format=torch.channels_last).requires_grad_(False)
+    weights = rewards.parse_terms(config.rewards)
+    reward = rewards.Reward(weights, config.device, config.weights_dir)
+    split = list_training(config.data_root)
+    crops = crops_to_measure(model, reward, split.val, config)
+    tasks = [crop.task for crop in crops]
+    guess = minutes(model, reward, crops[0], config, len(crops), len(set(tasks)))
+    runs.say(f"{len(crops)} crops of {config.crop} px: about {math.ceil(guess)} minutes")
+
+    policy = policy_for(model, config.concentration).to(config.device)
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    rows = []
+    for crop in tqdm(crops, desc="measuring"):
+        row = best_of_sampled(model, reward, policy, crop, generator) | swept(model, reward, crop)
+        rows.append(row | gate_oracle(model, reward, crop, config.ascent))
+
+    draws = in_draws(split.train, 6, config.crop)
+    training = Crops([s for s in draws if s.task in tasks], config.crop, config.seed)
+    degraded = (training[n][0] for n in range(min(96, len(training.samples))))
+    policy.fit(states_on(model, policy, degraded))
+    learn(model, reward, policy, training, config)
+    found = {"learnable": (model, policy)} | ({"this run": run} if run else {})
+    for name, (net, heads) in found.items():
+        net, heads = net.to(config.device), heads.to(config.device)
+        for crop, row in zip(crops, rows):
+            with torch.no_grad():
+                restored = net(crop.encoding.x, heads.mean())
+                value = reward.differentiable(restored, crop.gt, [crop.task])
+            row[name] = (psnr_of(restored, crop.gt).item() - crop.psnr, value.item() - crop.reward)
+    found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x[0] for crop in crops)))
+    whole = [evaluation_pair(sample)[0] for sample in split.val[:: len(crops)]]
+    on_whole = policy.clipped(states_on(model, policy, whole))
+    clipped = f"Of the states {on_crops:.1%} on these crops and {on_whole:.1%} on whole images lie"
+    return tasks, found, f"{clipped} beyond the deviations that heads see."
+
+
+# ------------------------------------------------------------------------------- what is said of it
+
+CONTROL_COLUMNS = [f"{level}.{name}" for level in (1, 2, 3) for name in CONTROLS]
+
+
+def average(values, tasks, k):
+    """The mean over tasks, and its standard error over images, of column k (0 dB, 1 reward)."""
+    groups = [values[[t == task for t in tasks], k] for task in dict.fromkeys(tasks)]
+    mean = np.mean([group.mean() for group in groups])
+    variances = [group.var(ddof=1) / len(group) if len(group) > 1 else math.nan for group in groups]
+    return mean, math.sqrt(np.mean(variances) / len(groups))
+
+
+def table(tasks, found, columns, k, unit):
+    """Gains per task, and their mean with its standard error; k: 0 dB, 1 reward in 1e-4."""
+    scale, digits = ((1, 3), (1e4, 1))[k]
+    rows = []
+    for task in dict.fromkeys(tasks):
+        mine = [t == task for t in tasks]
+        rows.append([task, *(f"{scale * found[c][mine, k].mean():+.{digits}f}" for c in columns)])
+    means = [average(found[c], tasks, k) for c in columns]
+    rows.append(["mean of tasks", *(f"{scale * mean:+.{digits}f}" for mean, _ in means)])
+    rows.append(["standard error", *(f"{scale * error:.{digits}f}" for _, error in means)])
+    return report.markdown([unit, *columns], rows)
+
+
+def conclusion(tasks, found):
+    """One sentence: what the gates could do if they knew the truth, and what heads can learn."""
+    (psnr, _), (value, _) = (average(found["best gates"], tasks, k) for k in (0, 1))
+    (learned_psnr, _), (learned, error) = (average(found["learnable"], tasks, k) for k in (0, 1))
+    if not learned > 2 * error:  # also if the error is not known
+        pays = "heads that see the states alone learn nothing that shows on other images, so RL of"
+        pays += " the heads will hardly pay here"
+    else:
+        pays = f"heads that see the states alone learn {1e4 * learned:+.1f}e-4"
+        pays += f" ({learned_psnr:+.3f} dB) of it on other images: RL of the heads can pay as much"
+    known = f"the best gates of each image would gain {1e4 * value:+.1f}e-4 of reward, or"
+    return f"If the truth were known, {known} {psnr:+.3f} dB; {pays}."
+
+
+def plot(path, tasks, found, columns):
+    """Bars per task of every column, in dB and reward, and the best dB of each control."""
+    plt = report.pyplot()
+    names = list(dict.fromkeys(tasks))
+    members = [[t == name for t in tasks] for name in names]
+    figure, axes = plt.subplots(3, 1, figsize=(10, 10))
+    units = (("PSNR gain (dB)", 0, 1), ("reward gain (1e-4)", 1, 1e4))
+    for axis, (title, k, scale) in zip(axes, units):
+        for i, column in enumerate(columns):
+            heights = [scale * found[column][mine, k].mean() for mine in members]
+            axis.bar(np.arange(len(names)) + i / (len(columns) + 1), heights, 0.15, label=column)
+        axis.set_xticks(np.arange(len(names)) + 0.3, names, fontsize=8)
+        axis.set_ylabel(title, fontsize=9)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.legend(fontsize=7)
+    values = [[found[c][mine, 0].mean() for c in CONTROL_COLUMNS] for mine in members]
+    image = axes[2].imshow(values, aspect="auto", cmap="viridis")
+    axes[2].set_xticks(range(12), CONTROL_COLUMNS, fontsize=8)
+    axes[2].set_yticks(range(len(names)), names, fontsize=8)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            axes[2].text(x, y, f"{value:.3f}", ha="center", va="center", color="white", fontsize=6)
+    figure.colorbar(image, ax=axes[2], label="best value of one control (dB)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def run_program(argv):
+    config = runs.flags(Config, "headroom.py", __doc__, argv)
+    check(config)
+    begin = time.perf_counter()
+    tasks, found, clipped = measure(config)
+    columns = [name for name in found if name not in CONTROL_COLUMNS]
+    parts = [(columns, 0, "gain, dB"), (columns, 1, "gain, 1e-4 of reward")]
+    parts.append((CONTROL_COLUMNS, 0, "best value of one control, dB"))
+    tables = [table(tasks, found, *part) for part in parts]
+    text = "\n\n".join([*tables, clipped, conclusion(tasks, found)])
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    details = f"{len(tasks)} crops of {config.crop} px, seed {config.seed}, {config.device}, "
+    details += f"torch {torch.__version__}, {(time.perf_counter() - begin) / 60:.1f} minutes"
+    report_text = f"# Headroom of {config.ckpt}\n\n{text}\n\n{details}\n\n![](headroom.png)\n"
+    runs.write_atomic(folder / "headroom.md", report_text.encode())
+    rows = {name: gains.tolist() for name, gains in found.items()}
+    runs.save_json(folder / "headroom.json", dict(tasks=tasks, gains=rows))
+    plot(folder / "headroom.png", tasks, found, columns)
+    runs.say(f"{text}\n\n{details}; in {folder}: headroom.md, headroom.json, headroom.png")
+
+
+def main(argv=None):
+    errors = (DataError, CheckpointError, PolicyError, rewards.RewardError)
+    return runs.program("headroom.py", run_program, argv, errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""headroom.py: what it measures, on a small model whose gates are known to be off."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, save_adair, small_adair
+
+import headroom
+import train
+from data import list_training
+from policy import GATE_MEAN, policy_for
+from rewards import Reward, parse_terms
+
+
+@pytest.fixture
+def scene():
+    net = small_adair(para1=0.1).requires_grad_(False)
+    net.output.weight *= 0.1  # what it adds to an image is small: a PSNR above 10 dB
+    reward = Reward(parse_terms("psnr"))
+    config = headroom.Config(images=1, crop=32, ascent=60, device="cpu")
+    samples = [s for s in list_training(None).val if s.task == "denoise25"]
+    (crop,) = headroom.crops_to_measure(net, reward, samples, config)
+    return net, reward, crop
+
+
+def test_the_start_gains_nothing_and_sampling_more_gains_more(scene):
+    net, reward, crop = scene
+    gains = headroom.score(net, reward, crop, headroom.start_of(net)[None])
+    assert all(abs(gain.item()) < 1e-4 for gain in gains)
+    generator = torch.Generator().manual_seed(0)
+    found = headroom.best_of_sampled(net, reward, policy_for(net), crop, generator)
+    values = [found[f"best of {n}"] for n in headroom.BEST_OF]
+    assert values[0][0] < values[1][0] < values[2][0]
+    swept = headroom.swept(net, reward, crop)
+    assert len(swept) == 12 and all(gain >= 0 for pair in swept.values() for gain in pair)
+
+
+def test_the_oracle_finds_what_a_grid_finds(scene):
+    """Of two gates on a grid of 9 × 9; the oracle has all six, and the reward is PSNR here."""
+    net, reward, crop = scene
+    factors = torch.linspace(0.6, 1.4, 9)
+    actions = headroom.start_of(net).repeat(81, 1, 1)
+    grid = torch.cartesian_prod(factors, factors) * GATE_MEAN
+    actions[:, 2, 2:] = grid
+    of_grid = headroom.score(net, reward, crop, actions)[0].max().item()
+    psnr, value = headroom.gate_oracle(net, reward, crop, 60)["best gates"]
+    assert psnr > of_grid - 0.01 and of_grid > 0.01
+    assert value == pytest.approx(psnr / 40, rel=0.2)  # 40 dB are the whole reward
+
+
+def test_a_run_is_measured_against_the_model_it_began_with(small, init, photos, tmp_path, capsys):
+    train.main(small("run", "--freeze-backbone", "--steps", 2))
+    flags = ["--images", 1, "--crop", 32, "--ascent", 2, "--learning", 2, "--device", "cpu"]
+    flags += ["--data-root", photos, "--out", tmp_path / "out"]
+    argv = [str(flag) for flag in ["--ckpt", tmp_path / "run", *flags]]
+    assert headroom.main(argv) is None
+    said = capsys.readouterr().out
+    assert "7 crops of 32 px: about" in said and "If the truth were known" in said
+    assert (tmp_path / "out/headroom.png").stat().st_size > 0
+    stored = json.loads((tmp_path / "out/headroom.json").read_text())
+    assert np.array(stored["gains"]["this run"]).shape == (7, 2)
+    argv = [str(flag) for flag in ["--ckpt", save_adair(tmp_path / "a.pt", small_adair()), *flags]]
+    assert headroom.main(argv) is None
+    gains = json.loads((tmp_path / "out/headroom.json").read_text())["gains"]
+    assert "this run" not in gains and "learnable" in gains
+    assert "there is no checkpoint" in fails(capsys, headroom.main, ["--ckpt", photos])

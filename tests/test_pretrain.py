@@ -1,0 +1,149 @@
+"""Pre-training: its crops, its optimizers, its schedule, and that a stop changes nothing."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from conftest import fails, logged, samples_of, small_adair, without_times, write
+
+import data
+import pretrain
+from metrics import psnr
+from model import load_adair, read_checkpoint
+
+# ------------------------------------------------------------------------------------------- crops
+
+
+def test_crops_follow_the_cycle_and_mix_real_and_synthesised_pairs(tmp_path):
+    samples = samples_of(tmp_path / "photos", 3)
+    for i in range(3):
+        for folder, name in (("rainy", f"rain-{i}"), ("gt", f"norain-{i}")):
+            write(tmp_path / f"data/Train/Derain/{folder}/{name}.png", seed=i)
+    samples += data.find_adair_train(tmp_path / "data", ["derain"])[0]
+    crops = pretrain.VariedCrops(samples, 32, 0, ["derain", "camera"])
+    names = [crops[n][2:4] for n in range(100)]
+    assert [task for task, _ in names] == ["derain", "camera"] * 50
+    real = sum("rain-" in name for task, name in names if task == "derain")
+    assert 10 < real < 40  # half of 50
+    assert not any("rain-" in name for task, name in names if task == "camera")
+
+
+def test_crops_stay_aligned_and_vary_in_strength_and_exposure(tmp_path):
+    """At σ = 15 and a strength s a crop differs from its truth by noise of 15 s."""
+    samples = [s for s in samples_of(tmp_path, 1) if s.task == "denoise15"]
+    crops = pretrain.VariedCrops(samples, 48, 0, ["denoise15"])
+    pairs = [crops[n][:2] for n in range(60)]
+    distances = [psnr(*pair) for pair in pairs]
+    assert min(distances) > 22 and sum(d > 50 for d in distances) >= 1  # clean but for 8 bits
+    assert sum(d < 28 for d in distances) > 30 and sum(28 < d < 50 for d in distances) > 5
+    brightness = [gt.mean().item() for _, gt in pairs]
+    assert max(brightness) > 1.5 * min(brightness)
+
+
+def test_a_real_pair_is_shown_in_one_look(tmp_path):
+    """Whatever exposure and colour: what differs is the degradation, here none."""
+    same = str(write(tmp_path / "a.png"))
+    crops = pretrain.VariedCrops([data.Sample("deblur", "a", same, same)], 48, 0, ["deblur"])
+    for n in range(8):
+        degraded, gt, *_ = crops[n]
+        assert (degraded - gt).abs().max() < 0.003  # rounding to 8 bits
+    assert not torch.allclose(crops[0][1].mean(), crops[1][1].mean(), atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------- optimizers
+
+
+def test_muon_has_the_matrices_and_steps_in_all_directions_alike(tmp_path):
+    """Its step on a 1×1 convolution is nearly orthogonal: singular values around the rate, where
+    those of the gradient differ by far. (Newton and Schulz's steps end between 0.7 and 1.2.)"""
+    net = small_adair()
+    config = pretrain.Config(muon_lr=0.1, lr=0.0)
+    muon, adam = pretrain.optimizers_of(net, config)
+    learned = {n: p for n, p in net.named_parameters() if ".rate_conv." not in n}
+    sizes = [sum(p.numel() for p in o.param_groups[0]["params"]) for o in (muon, adam)]
+    assert sum(sizes) == sum(p.numel() for p in learned.values()) and sizes[0] > sizes[1]
+    before = {n: p.detach().clone() for n, p in learned.items()}
+    net(torch.rand(1, 3, 32, 32)).square().mean().backward()
+    muon.step(), adam.step()
+    name = "encoder_level2.0.ffn.project_in.weight"
+    assert torch.equal(before["output.weight"], net.output.weight)  # Adam's, at rate 0
+    weight, gradient = learned[name], learned[name].grad.flatten(1)
+    decayed = before[name] * (1 - 0.1 * 0.01)
+    step = (decayed - weight.detach()).flatten(1)
+    values = torch.linalg.svdvals(step) / 0.1 / max(1, step.shape[0] / step.shape[1]) ** 0.5
+    spread = torch.linalg.svdvals(gradient)
+    assert 0.5 < values.median() and values.max() < 1.3 and values.min() > 0.02
+    assert spread.max() / spread.median() > 3 * values.max() / values.median()
+    assert (step * gradient).sum() > 0  # downhill
+
+
+def test_the_rates_rise_stay_and_fall():
+    config = pretrain.Config(steps=1000, decay=100)
+    factors = [pretrain.rate_factor(step, config) for step in (0, 99, 199, 500, 900, 950, 999)]
+    assert factors == pytest.approx([1 / 200, 0.5, 1, 1, 1, 0.5, 0.01])
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def pretraining(photos, tmp_path):
+    """Flags of a pre-training that takes seconds."""
+
+    def flags(name, *more):
+        size = "--crop 16 32 --batch-size 4 --steps 28 --save-every 1000 --device cpu".split()
+        base = ["--data-root", photos, "--out", tmp_path / name, *size]
+        return [str(flag) for flag in (*base, *more)]
+
+    return flags
+
+
+def test_pretraining_that_was_ended_reaches_the_same_weights(
+    pretraining, tmp_path, capsys, monkeypatch
+):
+    """SIGTERM in mid-training, in this process; kills, and those of the main job, are in
+    test_runs.py."""
+    new = "--dim 8 --blocks 1 1 1 1 --refinement 1".split()
+    monkeypatch.setattr(pretrain, "TURN", 10)
+
+    def ask():
+        while len(logged(tmp_path / "ended")) < 20:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    pretrain.main(pretraining("ended", *new))
+    step = read_checkpoint(tmp_path / "ended/last.pt")["step"]
+    assert 20 <= step < 28 and f"stopped by SIGTERM, after step {step}" in capsys.readouterr().out
+    pretrain.main(pretraining("ended", *new))
+    pretrain.main(pretraining("whole", *new))
+    whole, again = (
+        read_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("whole", "ended")
+    )
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
+    assert load_adair(tmp_path / "whole/model.pt").config["rates"] == [0.25, 0.25]
+    rows = [without_times(logged(tmp_path / name)) for name in ("whole", "ended")]
+    assert rows[0] == rows[1] and [r["crop"] for r in rows[0]] == ([16] * 10 + [32] * 10 + [16] * 8)
+
+
+def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_path, capsys):
+    flags = pretraining("p", "--batch-size", 1, "--steps", 1, "--init", init)
+    said = fails(capsys, pretrain.main, [*flags, "--dim", 8])
+    assert "--dim goes with a new model" in said
+    pretrain.main(flags)
+    assert "with another --lr" in fails(capsys, pretrain.main, [*flags, "--lr", 0.5])
+    torch.save({"step": 1}, tmp_path / "p/last.pt")
+    assert "of another model" in fails(capsys, pretrain.main, flags)
+
+
+def test_a_list_says_what_is_set_aside(tmp_path):
+    samples = samples_of(tmp_path / "photos", 3, ["derain"])
+    (tmp_path / "list.txt").write_text("# these\nphotos/1.png\n")
+    train, val = data.split_listed(samples, tmp_path / "list.txt")
+    assert [s.name for s in val] == ["1.png"] and [s.name for s in train] == ["0.png", "2.png"]
+    (tmp_path / "list.txt").write_text("other/1.png\n")
+    with pytest.raises(data.DataError, match="names other/1.png, which is none"):
+        data.split_listed(samples, tmp_path / "list.txt")
