@@ -22,11 +22,11 @@ DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 
 # What a preset decides where no flag does: (demo, paper).
 PRESETS = {
-    "draws": (6, 1),
-    "crop": (96, 128),
+    "draws": (4, 1),
+    "crop": (128, 128),
     "steps": (120, 0),
     "epochs": (0, 30),
-    "batch_size": (4, 1),
+    "batch_size": (2, 1),
     "lr": (3e-5, 3e-5),
     "head_lr_factor": (70.0, 6.0),
     "warm_up": (10, 0),
@@ -58,10 +58,10 @@ class Samples:
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files"""
     draws: int | None = None
-    """draws of every degradation per photo, each on a tile of its own; pairs and AdaIR's folders
-    stay as they are (preset demo: 6, paper: 1)"""
+    """draws of every degradation per photo, or tiles where draws rank alike, as of noise; pairs and
+    AdaIR's folders stay as they are (preset demo: 4, paper: 1)"""
     crop: int | None = None
-    """px, a multiple of 8 (preset demo: 96, paper: 128, Table 6)"""
+    """px, a multiple of 8 (both presets: 128, Table 6)"""
     workers: int | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
 
@@ -75,7 +75,7 @@ class Training:
     epochs: int | None = None
     """passes over D_hard (preset paper: 30)"""
     batch_size: int | None = None
-    """images per update and process, each with a group of its own (preset demo: 4, paper: 1)"""
+    """images per update and process, each with a group of its own (preset demo: 2, paper: 1)"""
     lr: float | None = None
     """Adam's rate for the backbone (both presets: 3e-5, Table 6)"""
     head_lr_factor: float | None = None

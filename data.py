@@ -468,24 +468,32 @@ def find_photos(folder, tasks=TASKS):
 
 
 def in_draws(samples, draws, smallest):
-    """Photographs under several draws of their degradation, each on a part of its own: a box is cut
-    into `draws` tiles, fewer where they would have sides below `smallest` px."""
-    if draws == 1:
-        return samples
-    tiles = []
+    """Photographs under several draws of their degradation. Where a draw changes nothing in how
+    hard an image is, since it is drawn anew for every crop (noise), a photo is cut into as many
+    tiles instead, fewer where they would have sides below `smallest` px."""
+    found = []
     for s in samples:
-        if s.degraded or not s.box:  # of a data set, as it is
-            tiles.append(s)
-            continue
-        left, top, right, bottom = s.box
-        width, height = right - left, bottom - top
-        rows = max(1, min(round((draws * height / width) ** 0.5), height // smallest))
-        columns = max(1, min(draws // rows, width // smallest))
-        w, h = width // columns, height // rows
-        for k in range(rows * columns):
-            x, y = left + k % columns * w, top + k // columns * h
-            tiles.append(s._replace(name=f"{s.name}@{x},{y}", box=(x, y, x + w, y + h)))
-    return tiles
+        if s.degraded or not s.box or draws == 1:  # of a data set: as it is
+            found.append(s)
+        elif not TASKS[s.task].is_drawn_anew:  # the name seeds the draw
+            found += [s._replace(name=f"{s.name}#{k + 1}") for k in range(draws)]
+        else:
+            boxes = tiles(s.box, draws, smallest)
+            found += [
+                s._replace(name=f"{s.name}@{x},{y}", box=(x, y, *end)) for x, y, *end in boxes
+            ]
+    return found
+
+
+def tiles(box, n, smallest):
+    """A box cut into n boxes in rows and columns, or into fewer."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    rows = max(1, min(round((n * height / width) ** 0.5), height // smallest))
+    columns = max(1, min(n // rows, width // smallest))
+    xs = [left + width * k // columns for k in range(columns + 1)]
+    ys = [top + height * k // rows for k in range(rows + 1)]
+    return [(x, y, x2, y2) for y, y2 in zip(ys, ys[1:]) for x, x2 in zip(xs, xs[1:])]
 
 
 # The demo's photographs: Kodak's 24 at half size. Fixed parts, by number.

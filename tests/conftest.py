@@ -94,8 +94,8 @@ def photos(tmp_path):
 
 @pytest.fixture
 def small(init, photos, tmp_path):
-    """Flags of a run of train.py that takes seconds: 4 photographs to train on, 1 to choose on, 1 to
-    report on."""
+    """Flags of a run of train.py that takes seconds: of the photographs 4 are to train on, 1 to
+    choose on, 1 to report on."""
 
     def flags(name, *more):
         base = ["--init", init, "--data-root", photos, "--out", tmp_path / name, "--device", "cpu"]

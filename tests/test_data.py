@@ -163,14 +163,19 @@ def test_the_demos_photographs_have_fixed_parts():
     assert torch.equal(gt, same) and not torch.equal(one, two)
 
 
-def test_draws_are_tiles_of_a_photo(tmp_path):
+def test_a_photo_stands_under_several_draws_or_in_tiles(tmp_path):
     write(tmp_path / "a.png", width=384, height=256)
     photos = data.find_photos(tmp_path)[0]
-    tiles = [s for s in data.in_draws(photos, 6, 96) if s.task == "haze" or s.task == "derain"]
-    boxes = {s.box for s in tiles}
-    assert boxes == {(x, y, x + 128, y + 128) for x in (0, 128, 256) for y in (0, 128)}
-    assert len({s.name for s in tiles}) == 6  # which seeds the draw of each
-    few = data.in_draws(photos[:1], 6, 200)
+    found = data.in_draws(photos, 6, 96)
+    assert len(found) == 6 * len(data.TASKS) == len({(s.task, s.name) for s in found})
+    rain = [s for s in found if s.task == "derain"]
+    assert {s.box for s in rain} == {(0, 0, 384, 256)}
+    rainy = [data.load_pair(s)[0] for s in rain]
+    assert not torch.equal(rainy[0], rainy[1])
+    noise = [s for s in found if s.task == "denoise25"]
+    boxes = {(x, y, x + 128, y + 128) for x in (0, 128, 256) for y in (0, 128)}
+    assert {s.box for s in noise} == boxes
+    few = data.in_draws([s for s in photos if s.task == "denoise25"], 6, 200)
     assert [s.box for s in few] == [(0, 0, 384, 256)]  # a side of 192 would be too small
     assert data.in_draws(photos, 1, 96) == photos
     pair = data.Sample("derain", "1", "gt.png", "rain.png")
