@@ -54,7 +54,7 @@ class Config:
     data_root: str | None = None
     """AdaIR's data folder, or a folder of photos; without it, the demo's photographs"""
     images: int = 2
-    """images per task to measure on, of those set aside for validation"""
+    """images per task to measure on, of those set aside for validation; at least 2"""
     crop: int = 128
     """px, of all images"""
     rewards: str = "default"
@@ -87,8 +87,10 @@ class Crop(NamedTuple):
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    counts = dict.fromkeys(("images", "ascent", "learning"), "[1, inf)")
-    runs.check_ranges(config, **counts, concentration="(2, 3000]", seed="[0, inf)")
+    counts = dict.fromkeys(("ascent", "learning"), "[1, inf)")
+    runs.check_ranges(
+        config, **counts, images="[2, inf)", concentration="(2, 3000]", seed="[0, inf)"
+    )
     runs.check_multiple_of_8("--crop", config.crop)
     runs.check_device(config.device)
 
@@ -158,13 +160,13 @@ def swept(model, reward, crop):
     return found
 
 
-def gate_oracle(model, reward, crop, steps):
+def gate_oracle(model, reward, crop, steps, known=(0.0, 0.0)):
     """The best six gates that gradient ascent finds for this one image: one ascent of its PSNR,
-    one of its reward."""
+    one of its reward; at least the gains that are known."""
     start, best = start_of(model).to(crop.gt.device), []
-    for objective in ("psnr", "reward"):
+    for objective, highest in zip(("psnr", "reward"), known):
         logs = torch.zeros(3, 2, device=crop.gt.device, requires_grad=True)  # log of the factors
-        optimizer, highest = torch.optim.Adam([logs], lr=0.03), 0.0
+        optimizer = torch.optim.Adam([logs], lr=0.03)
         for _ in range(steps):
             gates = GATE_MEAN * logs.exp()
             actions = torch.cat((start[:, :2], gates), dim=1)[None]
@@ -257,6 +259,10 @@ def crops_to_measure(model, reward, samples, config):
             restored = model.decode(encoding, controls_of(start_of(model).to(x.device)[None]))
             value = reward.differentiable(restored, gt, [sample.task]).item()
         crops.append(Crop(sample.task, gt, encoding, psnr_of(restored, gt).item(), value))
+    few = [task for task, n in seen.items() if n < 2]
+    if few:
+        hint = "two are needed: a larger --data-root has more"
+        raise DataError(f"there is one validation image for {', '.join(few)}; {hint}")
     return crops
 
 
@@ -290,7 +296,8 @@ def measure(config):
     rows = []
     for crop in tqdm(crops, desc="measuring"):
         row = best_of_sampled(model, reward, policy, crop, generator) | swept(model, reward, crop)
-        rows.append(row | gate_oracle(model, reward, crop, config.ascent))
+        known = row[f"best of {max(BEST_OF)}"]
+        rows.append(row | gate_oracle(model, reward, crop, config.ascent, known))
 
     draws = in_draws(split.train, 6, config.crop)
     training = Crops([s for s in draws if s.task in tasks], config.crop, config.seed)
@@ -322,7 +329,7 @@ def average(values, tasks, k):
     """The mean over tasks, and its standard error over images, of column k (0 dB, 1 reward)."""
     groups = [values[[t == task for t in tasks], k] for task in dict.fromkeys(tasks)]
     mean = np.mean([group.mean() for group in groups])
-    variances = [group.var(ddof=1) / len(group) if len(group) > 1 else math.nan for group in groups]
+    variances = [group.var(ddof=1) / len(group) for group in groups]
     return mean, math.sqrt(np.mean(variances) / len(groups))
 
 
@@ -343,12 +350,10 @@ def conclusion(tasks, found):
     """One sentence: what the gates could do if they knew the truth, and what heads can learn."""
     (psnr, _), (value, _) = (average(found["best gates"], tasks, k) for k in (0, 1))
     (learned_psnr, _), (learned, error) = (average(found["learnable"], tasks, k) for k in (0, 1))
-    if not learned > 2 * error:  # also if the error is not known
-        pays = "heads that see the states alone learn nothing that shows on other images, so RL of"
-        pays += " the heads will hardly pay here"
-    else:
-        pays = f"heads that see the states alone learn {1e4 * learned:+.1f}e-4"
-        pays += f" ({learned_psnr:+.3f} dB) of it on other images: RL of the heads can pay as much"
+    pays = f"heads that see the states alone learn {1e4 * learned:+.1f} ± {1e4 * error:.1f}e-4"
+    pays += f" ({learned_psnr:+.3f} dB) of it on other images: "
+    will = learned > 2 * error
+    pays += "RL of the heads can pay as much" if will else "RL of the heads will hardly pay here"
     known = f"the best gates of each image would gain {1e4 * value:+.1f}e-4 of reward, or"
     return f"If the truth were known, {known} {psnr:+.3f} dB; {pays}."
 

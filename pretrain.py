@@ -52,9 +52,10 @@ MARGIN = 16  # px around a crop, context for blur and streaks
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
-CYCLE = "denoise15 derain dehaze deblur denoise25 lowlight camera deblur denoise50 derain".split()
+CYCLE = "denoise15 derain dehaze deblur denoise25 lowlight derain dehaze deblur denoise50 camera"
+REAL = 0.7  # of the crops of a task that has both are cut from real pairs
 # Whoever goes on with a run may change these.
-FREE = "out steps decay eval_every save_every workers max_minutes device amp".split()
+FREE = "out cycle steps decay eval_every save_every workers max_minutes device amp".split()
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Config:
     """Muon's rate, for 1×1 convolutions"""
     ema: float = 0.999
     """decay of the averaged weights"""
-    cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE)
+    cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
     eval_every: int = 2000
     """steps between validations"""
@@ -135,17 +136,17 @@ def check(config):
 
 def another_look(gt, rng, exposure=True):
     """A function that shows an image as another camera may have taken it: a colour cast, and, with
-    `exposure`, half the time a gamma and less contrast. It is drawn for the truth gt (3, h, w) and
-    meant for both images of a pair. Without truths like these, a model takes what is dusky for dark
-    and what is pale for hazy."""
+    `exposure`, one time in three a gamma and a little less contrast. It is drawn for the truth gt
+    (3, h, w) and meant for both images of a pair. Without truths like these, a model takes what is
+    dusky for dark and what is pale for hazy; with too many, it leaves haze where it is."""
     cast = torch.from_numpy(rng.uniform(0.9, 1.0, (3, 1, 1)).astype(np.float32))
     gamma, black, white = 1.0, 0.0, 1.0
-    if exposure and rng.random() < 0.5:
+    if exposure and rng.random() < 0.33:
         # at most so dark that a mean of 0.12 remains: what is darker is left to low light
         mean = min(max(float(gt.mean()), 0.05), 0.95)
-        darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.2)
+        darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
         gamma = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
-        black, white = rng.uniform(0, 0.12), rng.uniform(0.75, 1)
+        black, white = rng.uniform(0, 0.06), rng.uniform(0.85, 1)
     return lambda image: cast * (black + (white - black) * image**gamma)
 
 
@@ -156,8 +157,8 @@ def draw_strength(task, rng):
 
 
 class VariedCrops(Crops):
-    """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs in
-    equal parts, a new degradation every time, of any strength, in varied exposure and colour."""
+    """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs, a
+    new degradation every time, of any strength, in varied exposure and colour."""
 
     def __init__(self, samples, crop, seed, cycle):
         super().__init__(samples, crop, seed)
@@ -182,7 +183,7 @@ class VariedCrops(Crops):
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
         task = self.cycle[n % len(self.cycle)]
-        kind = self.kinds[task][rng.integers(len(self.kinds[task]))]
+        kind = self.kinds[task][-1 if rng.random() < REAL else 0]
         sample = kind[rng.integers(len(kind))]
         pair = [self.read(file, sample.box) for file in (sample.gt, sample.degraded) if file]
         top, left = self.corner(sample, pair[0], rng)
