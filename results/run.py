@@ -1,0 +1,78 @@
+"""Repeats the experiments of this folder: every arm with every seed, into runs/results/ARM/SEED.
+
+    python results/run.py                          all arms, seeds 0 to 4
+    python results/run.py --arms irpo sft --seeds 0 1 --jobs 2
+
+What is done is left alone, what was stopped goes on. Jobs run side by side, each on one CPU thread
+if there are several.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+
+# What an arm adds to the default command, python train.py --hard-ratio 0.3 --seed SEED.
+ARMS = {
+    "irpo": [],
+    "sft": ["--objective", "sft"],
+    "rl": ["--freeze-backbone"],
+    "rl-shuffled": ["--freeze-backbone", "--shuffle-advantages"],
+}
+
+
+@dataclass
+class Config:
+    """Repeat the experiments."""
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    """which of them"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """seeds of every arm"""
+    out: Path = ROOT / "runs" / "results"
+    """folder of the run folders"""
+    jobs: int = 1
+    """runs side by side"""
+    flags: tuple[str, ...] = ()
+    """further flags of every run: --flags=--device --flags=cpu"""
+
+
+def run(config, arm, seed):
+    """One run to its end; what it prints goes to run.log beside its folder."""
+    folder = config.out / arm / str(seed)
+    if (folder / "report.json").exists():
+        return
+    begun = (folder / "config.json").exists()
+    flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
+    flags += [*ARMS[arm], *config.flags]
+    scores = sorted(config.out.glob("*/*/hard.json"))
+    flags += ["--scores", str(scores[0])] if scores else []
+    command = [sys.executable, "train.py", *(["--resume", str(folder)] if begun else flags)]
+    threads = {"OMP_NUM_THREADS": "1"} if config.jobs > 1 else {}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as log:
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=subprocess.STDOUT
+        )
+    print(f"{arm} {seed}: {'done' if done.returncode == 0 else f'failed, see {folder}.log'}")
+
+
+def main():
+    config = tyro.cli(Config, description=__doc__)
+    unknown = set(config.arms) - set(ARMS)
+    if unknown:
+        sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {', '.join(ARMS)}")
+    pairs = [(arm, seed) for seed in config.seeds for arm in config.arms]
+    run(config, *pairs[0])  # alone: the others take its scores over
+    with ThreadPoolExecutor(config.jobs) as pool:
+        list(pool.map(lambda pair: run(config, *pair), pairs[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Tables from run folders, with 95 % intervals.
+
+    python results/tables.py [runs/results]
+
+A folder holds ARM/SEED/report.json, as results/run.py leaves them. Intervals are from a bootstrap
+over photographs and seeds as clusters: both are drawn anew with replacement, and with a photograph
+all its draws and tasks.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import report
+
+RESAMPLES = 10_000
+
+
+def gains(folder, key, only=None):
+    """Gains of one arm: an array (seeds, photographs, tasks), draws averaged, NaN where `only`
+    leaves nothing; and the names of seeds, photographs and tasks. key: "psnr", "ssim" or "reward";
+    only: "hard" or "rest" of the images."""
+    seeds = sorted(path.parent.name for path in folder.glob("*/report.json"))
+    cells = {}
+    for seed in seeds:
+        stored = json.loads((folder / seed / "report.json").read_text())
+        for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
+            if only is None or (i in stored["hard"]) == (only == "hard"):
+                photo = old["name"].split("#")[0]
+                cells.setdefault((seed, photo, old["task"]), []).append(new[key] - old[key])
+    photos = sorted({photo for _, photo, _ in cells})
+    tasks = list(dict.fromkeys(task for *_, task in cells))
+    shape = len(seeds), len(photos), len(tasks)
+    values = [np.mean(cells.get((s, p, t), np.nan)) for s in seeds for p in photos for t in tasks]
+    return np.array(values).reshape(shape), (seeds, photos, tasks)
+
+
+def mean_of_tasks(values):
+    """The mean over tasks of each task's mean over seeds and photographs."""
+    return np.nanmean(np.nanmean(values, axis=(-3, -2)), axis=-1)
+
+
+def interval(values, seed=0):
+    """(mean, low, high) of the mean over tasks: 95 % of the bootstrap over seeds and
+    photographs."""
+    rng = np.random.default_rng(seed)
+    n_seeds, n_photos, _ = values.shape
+    found = []
+    for _ in range(RESAMPLES):
+        chosen = rng.integers(n_seeds, size=n_seeds), rng.integers(n_photos, size=n_photos)
+        found.append(mean_of_tasks(values[np.ix_(*chosen)]))
+    return mean_of_tasks(values), *np.percentile(found, [2.5, 97.5])
+
+
+def cell(values, scale=1.0, digits=3):
+    mean, low, high = (scale * v for v in interval(values))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def per_task(arms):
+    """Mean gains in dB per task."""
+    rows = []
+    for arm, folder in arms.items():
+        values, (_, _, tasks) = gains(folder, "psnr")
+        rows.append([arm, *(f"{v:+.3f}" for v in np.nanmean(values, axis=(0, 1)))])
+    return report.markdown(["gain, dB", *tasks], rows)
+
+
+def overall(arms):
+    """PSNR, SSIM and reward of all images, and PSNR and reward of the hard and the other ones."""
+    head = ["gain over the pre-trained model", "seeds", "PSNR, dB", "SSIM, 1e-4", "reward, 1e-4"]
+    head += ["hard 30 %: dB", "1e-4", "the rest: dB", "1e-4"]
+    rows = []
+    for arm, folder in arms.items():
+        row = [arm, len(gains(folder, "psnr")[1][0]), cell(gains(folder, "psnr")[0])]
+        row += [cell(gains(folder, key)[0], 1e4, 1) for key in ("ssim", "reward")]
+        for part in ("hard", "rest"):
+            row.append(f"{mean_of_tasks(gains(folder, 'psnr', part)[0]):+.3f}")
+            row.append(f"{1e4 * mean_of_tasks(gains(folder, 'reward', part)[0]):+.1f}")
+        rows.append(row)
+    return report.markdown(head, rows)
+
+
+def difference(arms, one, other):
+    """How much more one arm gains than another on the same seeds and photographs."""
+    lines = []
+    for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")):
+        (a, (seeds, *_)), (b, (others, *_)) = (gains(arms[name], key) for name in (one, other))
+        shared = [s for s in seeds if s in others]
+        pick = [seeds.index(s) for s in shared], [others.index(s) for s in shared]
+        lines.append(f"{cell(a[pick[0]] - b[pick[1]], scale, digits)} {unit}")
+    return f"{one} minus {other}, {len(shared)} seeds: {', '.join(lines)}"
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
+    done = sorted({path.parent.parent for path in folder.glob("*/*/report.json")})
+    if not done:
+        sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
+    arms = {path.name: path for path in done}
+    print(overall(arms), per_task(arms), sep="\n\n")
+    for one, other in (("rl", "rl-shuffled"), ("irpo", "sft")):
+        if {one, other} <= arms.keys():
+            print("\n" + difference(arms, one, other))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""results/: the bootstrap on gains whose answer is known, and the programs' flags."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "results"))
+import tables
+
+
+def write_report(folder, gain, hard=(0,)):
+    """A report of 3 photographs under 2 draws of 2 tasks; gain(photo, task, draw) in dB."""
+    before, after = [], []
+    for task in ("rain", "haze"):
+        for draw in ("", "#2"):
+            for photo in ("a", "b", "c"):
+                row = dict(task=task, name=f"{photo}.png{draw}", psnr=20.0, ssim=0.5, reward=0.4)
+                before.append(row)
+                change = gain(photo, task, draw)
+                after.append(row | dict(psnr=20 + change, reward=0.4 + change / 100))
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(dict(before=before, after=after, hard=hard)))
+
+
+def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
+    write_report(tmp_path / "0", lambda photo, task, draw: (task == "rain") + 0.2 * (draw == "#2"))
+    values, (seeds, photos, tasks) = tables.gains(tmp_path, "psnr")
+    assert values.shape == (1, 3, 2) and tasks == ["rain", "haze"]
+    assert np.allclose(values[0, :, 0], 1.1) and np.allclose(values[0, :, 1], 0.1)
+    mean, low, high = tables.interval(values)
+    assert mean == pytest.approx(0.6) and low == high == pytest.approx(0.6)
+    hard, _ = tables.gains(tmp_path, "psnr", "hard")
+    assert hard.shape == (1, 1, 1) and hard[0, 0, 0] == 1
+
+
+def test_the_interval_is_that_of_a_normal_mean():
+    """One seed of many independent photographs: mean ± 1.96 standard errors."""
+    values = np.random.default_rng(0).normal(0.3, 1.0, (1, 400, 1))
+    mean, low, high = tables.interval(values)
+    error = values.std() / 20
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
+
+
+def test_few_photographs_widen_the_interval_however_many_draws():
+    """Draws of a photograph are no new photographs: what differs between photographs counts."""
+    of_photos = np.array([-1.0, 0.0, 1.0])[None, :, None]
+    one, many = (tables.interval(np.repeat(of_photos, n, axis=2)) for n in (1, 50))
+    assert one[1:] == pytest.approx(many[1:], abs=0.02) and one[2] > 0.6
+
+
+def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
+    for seed in (0, 1):
+        write_report(tmp_path / f"a/{seed}", lambda photo, *_, s=seed: s + 0.5)
+        write_report(tmp_path / f"b/{seed}", lambda photo, *_, s=seed: s)
+    write_report(tmp_path / "b/7", lambda *_: 9.0)
+    arms = {name: tmp_path / name for name in "ab"}
+    assert tables.difference(arms, "a", "b") == (
+        "a minus b, 2 seeds: +0.500 [+0.500, +0.500] dB, +50.0 [+50.0, +50.0] 1e-4"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "results/tables.py", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
+
+
+def test_an_unknown_arm_is_named():
+    program = [sys.executable, ROOT / "results/run.py", "--arms", "x"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode != 0 and "there is no arm 'x'" in done.stderr
