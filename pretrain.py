@@ -52,10 +52,14 @@ MARGIN = 16  # px around a crop, context for blur and streaks
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
-CYCLE = "denoise15 derain dehaze deblur denoise25 lowlight derain dehaze deblur denoise50 camera"
+CYCLE = (
+    "denoise15 dehaze derain deblur denoise25 dehaze lowlight deblur derain dehaze denoise50 "
+    "deblur camera"
+)
 REAL = 0.7  # of the crops of a task that has both are cut from real pairs
 # Whoever goes on with a run may change these.
-FREE = "out cycle steps decay eval_every save_every workers max_minutes device amp".split()
+FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
+FREE += ["max_minutes", "amp"]
 
 
 @dataclass
@@ -83,9 +87,9 @@ class Config:
     """its constant r_h, r_l under --mask-rule fraction (0.25)"""
     mask_rule: Literal["fraction", "adair"] = "fraction"
     """how rates become masks"""
-    crop: tuple[int, ...] = (64, 128)
+    crop: tuple[int, ...] = (128, 176)
     """px, in turn"""
-    batch_size: int = 8
+    batch_size: int = 2
     """crops per step and process at the first crop size; at others as many pixels"""
     steps: int = 10000
     """updates"""
