@@ -377,9 +377,11 @@ def plot(path, tasks, found, columns):
     image = axes[2].imshow(values, aspect="auto", cmap="viridis")
     axes[2].set_xticks(range(12), CONTROL_COLUMNS, fontsize=8)
     axes[2].set_yticks(range(len(names)), names, fontsize=8)
+    half = np.max(values) / 2
     for y, row in enumerate(values):
         for x, value in enumerate(row):
-            axes[2].text(x, y, f"{value:.3f}", ha="center", va="center", color="white", fontsize=6)
+            how = dict(ha="center", va="center", color="black" if value > half else "white")
+            axes[2].text(x, y, f"{value:.3f}", fontsize=6, **how)
     figure.colorbar(image, ax=axes[2], label="best value of one control (dB)")
     figure.tight_layout()
     figure.savefig(path, dpi=100)

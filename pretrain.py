@@ -32,7 +32,7 @@ from data import (
     split_listed,
     split_usable,
 )
-from degradations import camera, low_light, quantise
+from degradations import camera, quantise
 from metrics import evaluate, psnr
 from model import (
     EMPTY_RATE,
@@ -50,6 +50,9 @@ TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
 # of a degradation: half-dark truths and pale ones are taken for what they are
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
+# How far black may rise in a truth. Haze, and clean photographs as a camera gives them, are sharp:
+# what is pale and blurred, noisy or rainy is no haze.
+PALE = {"lowlight": 0.0, "dehaze": 0.05, "camera": 0.1}
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
@@ -138,19 +141,23 @@ def check(config):
 # ------------------------------------------------------------------------------------------- crops
 
 
-def another_look(gt, rng, exposure=True):
-    """A function that shows an image as another camera may have taken it: a colour cast, and, with
-    `exposure`, one time in three a gamma and a little less contrast. It is drawn for the truth gt
-    (3, h, w) and meant for both images of a pair. Without truths like these, a model takes what is
-    dusky for dark and what is pale for hazy; with too many, it leaves haze where it is."""
+def another_look(gt, rng, pale):
+    """A function that shows an image as another camera may have taken it: a colour cast, and, one
+    time in two, a gamma and less contrast. It is drawn for the truth gt (3, h, w) and meant for
+    both images of a pair.
+
+    pale: how far black may rise; 0 for a cast alone. Without truths like these, a model takes what
+    is dusky for dark and what is pale for hazy; with pale truths under haze, it leaves haze where
+    it is.
+    """
     cast = torch.from_numpy(rng.uniform(0.9, 1.0, (3, 1, 1)).astype(np.float32))
     gamma, black, white = 1.0, 0.0, 1.0
-    if exposure and rng.random() < 0.33:
+    if pale and rng.random() < 0.5:
         # at most so dark that a mean of 0.12 remains: what is darker is left to low light
         mean = min(max(float(gt.mean()), 0.05), 0.95)
         darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
         gamma = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
-        black, white = rng.uniform(0, 0.06), rng.uniform(0.85, 1)
+        black, white = rng.uniform(0, pale), 1 - rng.uniform(0, 1.5 * pale)
     return lambda image: cast * (black + (white - black) * image**gamma)
 
 
@@ -196,8 +203,7 @@ class VariedCrops(Crops):
         columns = slice(left - back, left + self.crop + MARGIN)
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
-        is_low = task in TASKS and TASKS[task].degrade is low_light
-        look = another_look(pair[0], rng, exposure=not is_low)
+        look = another_look(pair[0], rng, PALE.get(task, 0.25))
         gt, *degraded = map(look, pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)

@@ -187,7 +187,7 @@ def plot_curves(path, rows, history=()):
             axis.legend(fontsize=6, ncol=2)
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=8)
-    figure.subplots_adjust(0.04, 0.17 / n_rows, 0.99, 1 - 0.12 / n_rows, 0.16, 0.35)
+    figure.subplots_adjust(0.055, 0.17 / n_rows, 0.99, 1 - 0.12 / n_rows, 0.16, 0.35)
     figure.savefig(Path(path), dpi=110)
     plt.close(figure)
 
