@@ -308,8 +308,10 @@ def check(config):
         raise runs.RunError("--steps and --epochs are both 0: nothing would be trained")
     if config.objective == "sft" and training.freeze_backbone:
         raise runs.RunError("--objective sft with --freeze-backbone would train nothing")
+    if config.objective == "sft" and config.policy.shuffle_advantages:
+        raise runs.RunError("--objective sft has no advantages: leave --shuffle-advantages out")
     if config.objective == "sft" and expert.judge != "none":
-        raise runs.RunError("--objective sft has no reward: leave --judge out")
+        raise runs.RunError("--objective sft learns from no reward: leave --judge out")
     if runs.is_url(expert.judge) != bool(expert.judge_model):
         hint = "it goes with --judge http://… and only with that"
         raise runs.RunError(f"--judge-model names the model of a server: {hint}")

@@ -7,6 +7,7 @@ over workers without its data changing.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -480,7 +481,8 @@ def in_draws(samples, draws, smallest):
         else:
             boxes = tiles(s.box, draws, smallest)
             found += [
-                s._replace(name=f"{s.name}@{x},{y}", box=(x, y, *end)) for x, y, *end in boxes
+                s._replace(name=f"{s.name}@{x},{y}-{r},{b}", box=(x, y, r, b))
+                for x, y, r, b in boxes
             ]
     return found
 
@@ -642,6 +644,22 @@ class Crops(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, epoch))
             self._order = epoch, rng.permutation(len(self.samples))
         return self._order[1]
+
+    def task_of(self, n):
+        """The task of crop number n."""
+        epoch, position = divmod(n, len(self.samples))
+        return self.samples[self.order(epoch)[position]].task
+
+    def of_each_task(self, most):
+        """{task: numbers of `most` crops of it}, of different images as far as there are so
+        many."""
+        found = {sample.task: [] for sample in self.samples}
+        for n in itertools.count():
+            if all(len(members) == most for members in found.values()):
+                return found
+            members = found[self.task_of(n)]
+            if len(members) < most:
+                members.append(n)
 
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))

@@ -4,11 +4,11 @@
     python headroom.py --ckpt adair5d.ckpt --data-root data       yours
     python headroom.py --ckpt runs/NAME                           a run: also what it reached
 
-On crops that nothing was trained on, per task and in PSNR and reward, gains over the model's own
+On crops that no head is trained on, per task and in PSNR and reward, gains over the model's own
 output: the best of 4, 16 and 64 sampled actions; each of the 12 controls swept alone; the best
-gates of every single image, by gradient ascent; and what heads can learn at most, trained by
-backpropagation of the reward on other images. The first four know the truth of the image; only the
-last could be had in use.
+gates of every single image, by gradient ascent; and what heads learn when they are trained by
+backpropagation of the reward on other images, which sees more than any policy gradient does. The
+first ones know the truth of the image; only the last could be had in use.
 """
 
 import math
@@ -25,9 +25,9 @@ from tqdm import tqdm
 import report
 import rewards
 import runs
-from data import Crops, DataError, in_draws, list_training
+from data import Crops, DataError, in_draws, list_training, split_usable
 from metrics import evaluation_pair
-from model import CheckpointError, load_adair, read_checkpoint
+from model import CheckpointError, load_adair, load_pretrained, read_checkpoint
 from policy import (
     CONTROLS,
     GATE_MEAN,
@@ -42,6 +42,8 @@ DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 BEST_OF = (4, 16, 64)
 RATES = (0.05, 0.15, 0.4, 0.6, 0.8, 0.95)  # that a rate is swept over
 GATES = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # and a gate, as a factor
+USUAL = 14  # crops of each task that say what states are usual
+ENOUGH = 4  # photographs for a verdict
 AT_ONCE = 16  # actions of one image that are decoded together
 
 
@@ -53,7 +55,7 @@ class Config:
     """pre-trained AdaIR, official or ours, or the folder of a run"""
     data_root: str | None = None
     """AdaIR's data folder, or a folder of photos; without it, the demo's photographs"""
-    images: int = 2
+    images: int = 4
     """images per task to measure on, of those set aside for validation; at least 2"""
     crop: int = 128
     """px, of all images"""
@@ -79,6 +81,8 @@ class Crop(NamedTuple):
     """An image to measure on, and what the model makes of it."""
 
     task: str
+    photo: str  # the file of the truth
+    whole: torch.Tensor  # the degraded image (3, H, W) that it is cut from
     gt: torch.Tensor  # (1, 3, S, S)
     encoding: tuple
     psnr: float  # of the deterministic output
@@ -161,15 +165,14 @@ def swept(model, reward, crop):
 
 
 def gate_oracle(model, reward, crop, steps, known=(0.0, 0.0)):
-    """The best six gates that gradient ascent finds for this one image: one ascent of its PSNR,
-    one of its reward; at least the gains that are known."""
+    """The best six gates in a policy's reach that gradient ascent finds for this one image: one
+    ascent of its PSNR, one of its reward; at least the gains that are known."""
     start, best = start_of(model).to(crop.gt.device), []
     for objective, highest in zip(("psnr", "reward"), known):
-        logs = torch.zeros(3, 2, device=crop.gt.device, requires_grad=True)  # log of the factors
-        optimizer = torch.optim.Adam([logs], lr=0.03)
+        raw = torch.zeros(3, 2, device=crop.gt.device, requires_grad=True)
+        optimizer = torch.optim.Adam([raw], lr=0.06)
         for _ in range(steps):
-            gates = GATE_MEAN * logs.exp()
-            actions = torch.cat((start[:, :2], gates), dim=1)[None]
+            actions = torch.cat((start[:, :2], raw.sigmoid()), dim=1)[None]  # gates in (0, 1)
             restored = model.decode(crop.encoding, controls_of(actions))
             if objective == "psnr":
                 gain = psnr_of(restored, crop.gt).sum() - crop.psnr
@@ -197,17 +200,12 @@ def with_graph(policy):
 
 def learn(model, reward, policy, crops, config):
     """Trains heads by backpropagation of the reward through the deterministic output, on training
-    crops: what no policy gradient can beat by much."""
+    crops, one of every task a step."""
     optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
-    tasks = sorted({s.task for s in crops.samples})
-    numbers = {task: [] for task in tasks}
-    epoch = [crops.samples[i].task for i in crops.order(0)]
-    for n, task in enumerate(epoch):
-        numbers[task].append(n)
+    numbers = crops.of_each_task(config.learning)
     for step in tqdm(range(config.learning), desc="learnable", leave=False):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / config.learning)
-        chosen = [numbers[task][step % len(numbers[task])] for task in tasks]
-        batch = crops.collate([crops[n] for n in chosen])
+        batch = crops.collate([crops[of_task[step]] for of_task in numbers.values()])
         degraded, gt = batch.degraded.to(config.device), batch.gt.to(config.device)
         with torch.no_grad():
             encoding = model.encode(degraded)
@@ -226,9 +224,8 @@ def load(config):
     RunError."""
     folder = Path(config.ckpt)
     if not folder.is_dir():
-        model = load_adair(config.ckpt)
-        if model.config["mask_rule"] == "adair":
-            model.config["mask_rule"] = "fraction"  # as in training: rates act at every size
+        model = load_pretrained(config.ckpt, "fraction")
+        model.config["mask_rule"] = "fraction"  # as in training: rates act at every size
         return model, None
     checkpoint = read_checkpoint(folder / "last.pt")
     policy = load_policy(checkpoint)
@@ -258,7 +255,8 @@ def crops_to_measure(model, reward, samples, config):
             encoding = model.encode(x)
             restored = model.decode(encoding, controls_of(start_of(model).to(x.device)[None]))
             value = reward.differentiable(restored, gt, [sample.task]).item()
-        crops.append(Crop(sample.task, gt, encoding, psnr_of(restored, gt).item(), value))
+        images = degraded, gt, encoding, psnr_of(restored, gt).item(), value
+        crops.append(Crop(sample.task, sample.gt, *images))
     few = [task for task, n in seen.items() if n < 2]
     if few:
         hint = "two are needed: a larger --data-root has more"
@@ -279,13 +277,18 @@ def minutes(model, reward, crop, config, n_crops, n_tasks):
 
 
 def measure(config):
-    """All measurements: ([task of a crop], {column: (n, 2) gains in dB and reward}, a sentence on
-    the states)."""
+    """All measurements: ([task of a crop], [its photograph], {column: (n, 2) gains in dB and
+    reward}, a sentence on the states)."""
     model, run = load(config)
     model = model.to(config.device, memory_format=torch.channels_last).requires_grad_(False)
     weights = rewards.parse_terms(config.rewards)
+    side = rewards.smallest_side(weights)
+    if config.crop < side:
+        raise runs.RunError(f"--crop is {config.crop}; these rewards need {side} px")
     reward = rewards.Reward(weights, config.device, config.weights_dir)
     split = list_training(config.data_root)
+    train, problems = split_usable(in_draws(split.train, 4, config.crop), config.crop)
+    runs.say_skipped(problems)
     crops = crops_to_measure(model, reward, split.val, config)
     tasks = [crop.task for crop in crops]
     guess = minutes(model, reward, crops[0], config, len(crops), len(set(tasks)))
@@ -296,12 +299,14 @@ def measure(config):
     rows = []
     for crop in tqdm(crops, desc="measuring"):
         row = best_of_sampled(model, reward, policy, crop, generator) | swept(model, reward, crop)
-        known = row[f"best of {max(BEST_OF)}"]
+        known = (max(gains) for gains in zip(*row.values()))  # of what was tried before
         rows.append(row | gate_oracle(model, reward, crop, config.ascent, known))
 
-    draws = in_draws(split.train, 6, config.crop)
-    training = Crops([s for s in draws if s.task in tasks], config.crop, config.seed)
-    degraded = (training[n][0] for n in range(min(96, len(training.samples))))
+    training = Crops([s for s in train if s.task in tasks], config.crop, config.seed)
+    if not training.samples:
+        raise DataError("none of the training images can be used")
+    numbers = sum(training.of_each_task(USUAL).values(), [])
+    degraded = (training[n][0] for n in numbers)
     policy.fit(states_on(model, policy, degraded))
     learn(model, reward, policy, training, config)
     found = {"learnable": (model, policy)} | ({"this run": run} if run else {})
@@ -314,10 +319,10 @@ def measure(config):
             row[name] = (psnr_of(restored, crop.gt).item() - crop.psnr, value.item() - crop.reward)
     found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x[0] for crop in crops)))
-    whole = [evaluation_pair(sample)[0] for sample in split.val[:: len(crops)]]
-    on_whole = policy.clipped(states_on(model, policy, whole))
-    clipped = f"Of the states {on_crops:.1%} on these crops and {on_whole:.1%} on whole images lie"
-    return tasks, found, f"{clipped} beyond the deviations that heads see."
+    on_whole = policy.clipped(states_on(model, policy, (crop.whole for crop in crops)))
+    clipped = f"Of the states {on_crops:.1%} on these crops and {on_whole:.1%} on the whole images"
+    photos = [crop.photo for crop in crops]
+    return tasks, photos, found, f"{clipped} lie beyond the deviations that heads see."
 
 
 # ------------------------------------------------------------------------------- what is said of it
@@ -325,35 +330,50 @@ def measure(config):
 CONTROL_COLUMNS = [f"{level}.{name}" for level in (1, 2, 3) for name in CONTROLS]
 
 
-def average(values, tasks, k):
-    """The mean over tasks, and its standard error over images, of column k (0 dB, 1 reward)."""
-    groups = [values[[t == task for t in tasks], k] for task in dict.fromkeys(tasks)]
-    mean = np.mean([group.mean() for group in groups])
-    variances = [group.var(ddof=1) / len(group) for group in groups]
-    return mean, math.sqrt(np.mean(variances) / len(groups))
+def average(values, tasks, photos, k):
+    """The mean over tasks, and its standard error over photographs, of column k (0 dB, 1 reward):
+    a photograph stands under several tasks, so that its crops are no independent ones."""
+    names, tasks, photos = list(dict.fromkeys(tasks)), np.array(tasks), np.array(photos)
+    means = {task: values[tasks == task, k].mean() for task in names}
+    # each photograph's share in how far the mean over tasks is off
+    off = np.zeros(len(values))
+    for task, mean in means.items():
+        mine = tasks == task
+        off[mine] = (values[mine, k] - mean) / mine.sum() / len(names)
+    shares = np.array([off[photos == photo].sum() for photo in dict.fromkeys(photos)])
+    n = len(shares)
+    return np.mean(list(means.values())), math.sqrt(n / (n - 1) * (shares**2).sum())
 
 
-def table(tasks, found, columns, k, unit):
+def table(tasks, photos, found, columns, k, unit):
     """Gains per task, and their mean with its standard error; k: 0 dB, 1 reward in 1e-4."""
     scale, digits = ((1, 3), (1e4, 1))[k]
     rows = []
     for task in dict.fromkeys(tasks):
         mine = [t == task for t in tasks]
         rows.append([task, *(f"{scale * found[c][mine, k].mean():+.{digits}f}" for c in columns)])
-    means = [average(found[c], tasks, k) for c in columns]
+    means = [average(found[c], tasks, photos, k) for c in columns]
     rows.append(["mean of tasks", *(f"{scale * mean:+.{digits}f}" for mean, _ in means)])
     rows.append(["standard error", *(f"{scale * error:.{digits}f}" for _, error in means)])
     return report.markdown([unit, *columns], rows)
 
 
-def conclusion(tasks, found):
+def conclusion(tasks, photos, found):
     """One sentence: what the gates could do if they knew the truth, and what heads can learn."""
-    (psnr, _), (value, _) = (average(found["best gates"], tasks, k) for k in (0, 1))
-    (learned_psnr, _), (learned, error) = (average(found["learnable"], tasks, k) for k in (0, 1))
-    pays = f"heads that see the states alone learn {1e4 * learned:+.1f} ± {1e4 * error:.1f}e-4"
-    pays += f" ({learned_psnr:+.3f} dB) of it on other images: "
-    will = learned > 2 * error
-    pays += "RL of the heads can pay as much" if will else "RL of the heads will hardly pay here"
+    of_gates, of_heads = (
+        [average(found[name], tasks, photos, k) for k in (0, 1)]
+        for name in ("best gates", "learnable")
+    )
+    (psnr, _), (value, _) = of_gates
+    (learned_psnr, _), (learned, error) = of_heads
+    pays = f"heads that see the states alone learned {1e4 * learned:+.1f} ± {1e4 * error:.1f}e-4"
+    pays += f" ({learned_psnr:+.3f} dB) of it on other images"
+    if len(set(photos)) < ENOUGH:
+        pays += f": too few photographs ({len(set(photos))}) to say whether RL of the heads can pay"
+    elif learned > 2 * error:
+        pays += ": RL of the heads can pay"
+    else:
+        pays += ": RL of the heads will hardly pay here"
     known = f"the best gates of each image would gain {1e4 * value:+.1f}e-4 of reward, or"
     return f"If the truth were known, {known} {psnr:+.3f} dB; {pays}."
 
@@ -392,12 +412,12 @@ def run_program(argv):
     config = runs.flags(Config, "headroom.py", __doc__, argv)
     check(config)
     begin = time.perf_counter()
-    tasks, found, clipped = measure(config)
+    tasks, photos, found, clipped = measure(config)
     columns = [name for name in found if name not in CONTROL_COLUMNS]
     parts = [(columns, 0, "gain, dB"), (columns, 1, "gain, 1e-4 of reward")]
     parts.append((CONTROL_COLUMNS, 0, "best value of one control, dB"))
-    tables = [table(tasks, found, *part) for part in parts]
-    text = "\n\n".join([*tables, clipped, conclusion(tasks, found)])
+    tables = [table(tasks, photos, found, *part) for part in parts]
+    text = "\n\n".join([*tables, clipped, conclusion(tasks, photos, found)])
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     details = f"{len(tasks)} crops of {config.crop} px, seed {config.seed}, {config.device}, "

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 CONTROLS = ("r_h", "r_l", "g_f", "g_o")
 GATE_MEAN = 0.5  # where the gates start: room to move both ways
 CLIP = 3.0  # standard deviations beyond which a state is cut off
+FLOOR = 1e-3  # added to a state's deviation, which is 0.003 to 0.03: few crops may be alike
 EDGE = 1e-4  # actions stay in [EDGE, 1 - EDGE]: finite log-probabilities
 RAW_MAX = 8.0  # raw head outputs stay below: α, β < 1 + e^8 ≈ 2982
 GRID = 4  # a rate head sees the spectrum pooled to GRID × GRID
@@ -88,7 +89,7 @@ class Normalise(nn.Module):
         """Takes mean and deviation over states (N, …, size)."""
         states = states.flatten(0, -2)
         self.mean.copy_(states.mean(dim=0))
-        self.deviation.copy_(states.std(dim=0, correction=0) + 1e-6)
+        self.deviation.copy_(states.std(dim=0, correction=0) + FLOOR)
 
     def in_deviations(self, states):
         return (states - self.mean) / self.deviation

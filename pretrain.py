@@ -62,7 +62,7 @@ CYCLE = (
 REAL = 0.7  # of the crops of a task that has both are cut from real pairs
 # Whoever goes on with a run may change these.
 FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
-FREE += ["max_minutes", "amp"]
+FREE += "lr muon_lr max_minutes amp".split()
 
 
 @dataclass
@@ -130,6 +130,8 @@ def check(config):
     rates = dict.fromkeys(("decay", "lr", "muon_lr", "seed"), "[0, inf)")
     runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)")
     runs.check_ranges(config, workers="[0, 256]", max_minutes="(0, inf)")
+    if config.decay > config.steps:
+        raise runs.RunError(f"--decay is {config.decay}; it must be at most --steps")
     runs.check_multiple_of_8("--crop", *config.crop)
     runs.check_multiple_of_8("--dim", *([config.dim] if config.dim else []))
     runs.check_device(config.device)
@@ -157,7 +159,7 @@ def another_look(gt, rng, pale):
         mean = min(max(float(gt.mean()), 0.05), 0.95)
         darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
         gamma = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
-        black, white = rng.uniform(0, pale), 1 - rng.uniform(0, 1.5 * pale)
+        black, white = rng.uniform(0, pale), 1 - rng.uniform(0, min(pale, 0.25))
     return lambda image: cast * (black + (white - black) * image**gamma)
 
 
@@ -203,7 +205,7 @@ class VariedCrops(Crops):
         columns = slice(left - back, left + self.crop + MARGIN)
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
-        look = another_look(pair[0], rng, PALE.get(task, 0.25))
+        look = another_look(pair[0], rng, PALE.get(task, 0.45))
         gt, *degraded = map(look, pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)
@@ -303,14 +305,15 @@ def find_samples(config, stop):
     val = val + held_out
     if config.val_list:
         train, val = split_listed(train + val, config.val_list)
-    if config.data_root:  # photos stand there under every task: too many to validate on
+    if config.data_root and config.photos:  # they stand there under every task: too many
         val = [s for s in val if Path(config.data_root) in Path(s.gt).parents and not s.box]
     runs.same_everywhere("list of images", names_digest(train + val))
     mapper = partial(runs.parallel_map, desc="check", stop=stop)
     train, broken = split_usable(train, max(config.crop), mapper=mapper)
     val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
-    missing = [task for task in config.cycle if task not in {"camera", *(s.task for s in train)}]
+    there = {s.task for s in train} | ({"camera"} if any(not s.degraded for s in train) else set())
+    missing = [task for task in config.cycle if task not in there]
     if missing:
         hint = "give --photos, or leave it out of --cycle"
         raise DataError(f"there are no training images for {', '.join(missing)}: {hint}")
@@ -324,8 +327,7 @@ def rate_factor(step, config):
 
 
 def validate(model, val, stop):
-    """Prints what the averaged weights gain, and how well they return clean images; returns it as
-    {name: dB}."""
+    """Prints what the averaged weights gain, and how well they return clean images."""
 
     returned = {}  # clean file -> PSNR of what is made of it
 
@@ -336,18 +338,11 @@ def validate(model, val, stop):
 
     mapper = partial(runs.parallel_map, desc="validate", stop=stop)
     rows = evaluate(partial(restore, model.eval()), val, also=also, mapper=mapper)
-    gains = {}
     for paired, name in ((True, "pairs"), (False, "synthesised")):
         part = [row for row in rows if row["paired"] == paired]
         if part:
-            clean = report.mean(part, "clean")
             runs.say(f"\nvalidation, {name}\n{report.gain_table(part)}")
-            runs.say(f"their clean images are returned at {clean:.2f} dB")
-            gains[f"val/{name}/clean"] = clean
-        for task, of_task in report.by_task(part).items():
-            gain = report.mean(of_task, "psnr") - report.mean(of_task, "psnr_in")
-            gains[f"val/{name}/{task}"] = gain
-    return gains
+            runs.say(f"their clean images are returned at {report.mean(part, 'clean'):.2f} dB")
 
 
 def pretrain(config, stop):
@@ -380,7 +375,8 @@ def pretrain(config, stop):
         run.start(state, "pretrain", shown=dict(l1="loss/total"))
         while state.step < config.steps:
             crops.crop, size = stage(state.step)
-            turn = min(TURN - state.step % TURN, config.steps - state.step)
+            ends = TURN, config.eval_every  # of a crop size's turn, and until a validation
+            turn = min(*(n - state.step % n for n in ends), config.steps - state.step)
             for batch in run.batches(crops, size, state.seen + turn * size * runs.processes()):
                 factor = rate_factor(state.step, config)
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):

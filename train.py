@@ -44,7 +44,7 @@ from model import CheckpointError, load_pretrained, model_digest, read_checkpoin
 from policy import PolicyError, load_policy, policy_for, policy_state, states_on
 
 JUDGE = Path(__file__).with_name("judge.py")
-USUAL = 96  # crops of D_hard that say what states are usual
+USUAL = 14  # crops of each task in D_hard that say what states are usual
 ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
 
 
@@ -78,8 +78,8 @@ class State:
         policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
         policy = policy.to(config.device)
         if not checkpoint:
-            some = range(min(USUAL, len(crops.samples)))
-            policy.fit(states_on(model, policy, (crops[n][0] for n in some)))
+            images = (crops[n][0] for n in sum(crops.of_each_task(USUAL).values(), []))
+            policy.fit(states_on(model, policy, images))
         backbone = [p for p in model.parameters() if p.requires_grad]
         groups = [dict(params=policy.parameters(), name="lr_heads")]
         groups += [dict(params=backbone, name="lr")] if backbone else []
@@ -243,8 +243,8 @@ def hard_samples(config, run, pretrained, samples):
         runs.same_everywhere("set of hard images", names_digest(hard))
     how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
     runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
-    pairs_are_repeated = config.samples.select == "all" and config.samples.data_root
-    return adair_repeats(hard) if pairs_are_repeated else hard
+    photos = any(s.box for s in hard)  # AdaIR's repeats are for its folders
+    return adair_repeats(hard) if config.samples.select == "all" and not photos else hard
 
 
 def action_generators(config, numbers):
@@ -336,7 +336,7 @@ def train(config, stop, judge=None):
     pretrained = load_pretrained(config.init, config.policy.mask_rule)
     pretrained = pretrained.to(config.device, memory_format=torch.channels_last)
     reward = make_reward(config, judge)
-    samples, val, held_out = usable_samples(config.samples)
+    samples, val, held_out = usable_samples(config.samples, rewards.smallest_side(reward.weights))
     step = checkpoint["step"] if checkpoint else None
     runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
 
@@ -387,15 +387,16 @@ def describe_reward(reward, judge, folder):
     runs.save_json(folder / "rewards.json", rows)
 
 
-def usable_samples(config):
-    """(training, validation, held-out) samples; those to measure on are decoded once, those to
-    train on when they are mined. Raises DataError when nothing is left to measure on."""
+def usable_samples(config, side):
+    """(training, validation, held-out) samples; those to measure on are decoded once and have
+    `side` px or more a side, those to train on are looked at when they are mined. Raises DataError
+    when nothing is left to measure on."""
     tasks = task_names(config.tasks) if config.tasks else ()
     split = list_training(config.data_root, tasks=tasks, listed=config.listed)
     samples = in_draws(split.train, config.draws, config.crop)
     runs.same_everywhere("list of images", names_digest([*samples, *split.val, *split.held_out]))
-    val, broken = split_usable(split.val, 16)
-    held_out, more = split_usable(split.held_out, 16)
+    val, broken = split_usable(split.val, max(16, side))
+    held_out, more = split_usable(split.held_out, max(16, side))
     runs.say_skipped(split.problems + broken + more)
     if not (val and held_out):
         words = "none of the images set aside to measure on can be read"
@@ -503,7 +504,7 @@ Command: `{config.command}`
 ![curves](curves.png)
 ![samples](samples.png)
 
-The last row of the samples is the image that lost most, the others are of median gain.
+The last row of the samples is the image of lowest gain, the others are of median gain.
 """
     runs.write_atomic(folder / "report.md", text.encode())
     stored = dict(before=before, after=after, hard=hard, validation=state.history)

@@ -43,8 +43,8 @@ class Config:
     """further flags of every run: --flags=--device --flags=cpu"""
 
 
-def run(config, arm, seed):
-    """One run to its end; what it prints goes to run.log beside its folder."""
+def run(config, arm, seed, threads):
+    """One run to its end on so many CPU threads (None: all); what it prints goes to SEED.log."""
     folder = config.out / arm / str(seed)
     if (folder / "report.json").exists():
         return
@@ -54,7 +54,7 @@ def run(config, arm, seed):
     scores = sorted(config.out.glob("*/*/hard.json"))
     flags += ["--scores", str(scores[0])] if scores else []
     command = [sys.executable, "train.py", *(["--resume", str(folder)] if begun else flags)]
-    threads = {"OMP_NUM_THREADS": "1"} if config.jobs > 1 else {}
+    threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
         done = subprocess.run(
@@ -69,9 +69,10 @@ def main():
     if unknown:
         sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {', '.join(ARMS)}")
     pairs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    run(config, *pairs[0])  # alone: the others take its scores over
+    run(config, *pairs[0], None)  # alone: the others take its scores over
+    threads = 1 if config.jobs > 1 else None
     with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(lambda pair: run(config, *pair), pairs[1:]))
+        list(pool.map(lambda pair: run(config, *pair, threads), pairs[1:]))
 
 
 if __name__ == "__main__":

@@ -396,6 +396,15 @@ def test_an_epoch_visits_every_sample_once(tmp_path):
     assert sorted(seen[:n]) == sorted(seen[n:]) == everything and seen[:n] != seen[n:]
 
 
+def test_so_many_crops_of_each_task_of_different_images(tmp_path):
+    samples = samples_of(tmp_path, 3)[:-2]  # fewer of the last tasks
+    crops = data.Crops(samples, 32, 0)
+    found = crops.of_each_task(4)
+    assert {task: len(numbers) for task, numbers in found.items()} == dict.fromkeys(data.TASKS, 4)
+    assert all(crops[n][2] == task for task, numbers in found.items() for n in numbers)
+    assert len({crops[n][3] for n in found["derain"]}) == 3
+
+
 def test_crop_and_truth_stay_aligned(tmp_path):
     """At σ = 15 a crop differs from its truth by noise alone, whatever the crop and flips."""
     crops = data.Crops([s for s in samples_of(tmp_path) if s.task == "denoise15"], 48, 0)

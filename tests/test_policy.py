@@ -263,7 +263,7 @@ def test_fitted_heads_see_deviations_from_the_mean(setting):
     for head, state in policy.heads(states):
         z = head.normalise(state).double().numpy()
         raw = state.double().numpy()
-        expected = (raw - raw.mean(axis=0)) / (raw.std(axis=0) + 1e-6)
+        expected = (raw - raw.mean(axis=0)) / (raw.std(axis=0) + policies.FLOOR)
         assert np.allclose(z, expected.clip(-3, 3), atol=1e-3)
         assert head.normalise(1e6 * state).abs().max() == 3  # cut off
     assert 0 <= policy.clipped(states) < 0.1

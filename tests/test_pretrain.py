@@ -94,7 +94,8 @@ def pretraining(photos, tmp_path):
     """Flags of a pre-training that takes seconds."""
 
     def flags(name, *more):
-        size = "--crop 16 32 --batch-size 4 --steps 28 --save-every 1000 --device cpu".split()
+        size = "--crop 16 32 --batch-size 4 --steps 28 --decay 1".split()
+        size += "--save-every 1000 --device cpu".split()
         base = ["--data-root", photos, "--out", tmp_path / name, *size]
         return [str(flag) for flag in (*base, *more)]
 
@@ -134,7 +135,7 @@ def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_
     said = fails(capsys, pretrain.main, [*flags, "--dim", 8])
     assert "--dim goes with a new model" in said
     pretrain.main(flags)
-    assert "with another --lr" in fails(capsys, pretrain.main, [*flags, "--lr", 0.5])
+    assert "with another --seed" in fails(capsys, pretrain.main, [*flags, "--seed", 5])
     torch.save({"step": 1}, tmp_path / "p/last.pt")
     assert "of another model" in fails(capsys, pretrain.main, flags)
 
