@@ -172,7 +172,7 @@ class Config:
     resume: str | None = None
     """run folder to continue, with its own settings"""
     objective: Literal["irpo", "sft"] = "irpo"
-    """irpo: Eq. 7; sft: the control, L1 on the deterministic output"""
+    """irpo: Eq. 7; sft: the control, L1 on the deterministic output, the reward measured only"""
     seed: int = 0
     """seed of crops and actions"""
     device: str = runs.default_device()

@@ -8,6 +8,7 @@ if there are several.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,28 +40,31 @@ class Config:
     """folder of the run folders"""
     jobs: int = 1
     """runs side by side"""
-    flags: tuple[str, ...] = ()
-    """further flags of every run: --flags=--device --flags=cpu"""
+    flags: str = ""
+    """further flags of every run: --flags='--steps 40 --device cpu'"""
 
 
 def run(config, arm, seed, threads):
-    """One run to its end on so many CPU threads (None: all); what it prints goes to SEED.log."""
+    """One run to its end on so many CPU threads (None: all), True if it reached it; what it prints
+    goes to SEED.log."""
     folder = config.out / arm / str(seed)
     if (folder / "report.json").exists():
-        return
+        return True
     begun = (folder / "config.json").exists()
     flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
-    flags += [*ARMS[arm], *config.flags]
+    flags += [*ARMS[arm], *shlex.split(config.flags)]
     scores = sorted(config.out.glob("*/*/hard.json"))
     flags += ["--scores", str(scores[0])] if scores else []
     command = [sys.executable, "train.py", *(["--resume", str(folder)] if begun else flags)]
     threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        done = subprocess.run(
+        subprocess.run(
             command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=subprocess.STDOUT
         )
-    print(f"{arm} {seed}: {'done' if done.returncode == 0 else f'failed, see {folder}.log'}")
+    is_done = (folder / "report.json").exists()
+    print(f"{arm} {seed}: {'done' if is_done else f'not done, see {folder}.log'}", flush=True)
+    return is_done
 
 
 def main():
@@ -69,10 +73,11 @@ def main():
     if unknown:
         sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {', '.join(ARMS)}")
     pairs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    run(config, *pairs[0], None)  # alone: the others take its scores over
+    done = [run(config, *pairs[0], None)]  # alone: the others take its scores over
     threads = 1 if config.jobs > 1 else None
     with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(lambda pair: run(config, *pair, threads), pairs[1:]))
+        done += pool.map(lambda pair: run(config, *pair, threads), pairs[1:])
+    sys.exit(0 if all(done) else 1)
 
 
 if __name__ == "__main__":

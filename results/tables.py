@@ -2,9 +2,9 @@
 
     python results/tables.py [runs/results]
 
-A folder holds ARM/SEED/report.json, as results/run.py leaves them. Intervals are from a bootstrap
-over photographs and seeds as clusters: both are drawn anew with replacement, and with a photograph
-all its draws and tasks.
+A folder holds ARM/SEED/report.json, as results/run.py leaves them. Intervals are Student's, with a
+standard error from a bootstrap over photographs and seeds as clusters: both are drawn anew with
+replacement, and with a photograph all its draws and tasks.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
@@ -44,15 +45,19 @@ def mean_of_tasks(values):
 
 
 def interval(values, seed=0):
-    """(mean, low, high) of the mean over tasks: 95 % of the bootstrap over seeds and
-    photographs."""
+    """(mean, low, high) of the mean over tasks: its standard error by the bootstrap over seeds and
+    photographs, times Student's t for so few photographs. (Percentiles of the bootstrap would be
+    too narrow: of six photographs they hold the true mean 86 times in 100.)"""
     rng = np.random.default_rng(seed)
     n_seeds, n_photos, _ = values.shape
     found = []
     for _ in range(RESAMPLES):
         chosen = rng.integers(n_seeds, size=n_seeds), rng.integers(n_photos, size=n_photos)
         found.append(mean_of_tasks(values[np.ix_(*chosen)]))
-    return mean_of_tasks(values), *np.percentile(found, [2.5, 97.5])
+    error = np.std(found) * np.sqrt(n_photos / (n_photos - 1))
+    half = scipy.stats.t.ppf(0.975, n_photos - 1) * error
+    mean = mean_of_tasks(values)
+    return mean, mean - half, mean + half
 
 
 def cell(values, scale=1.0, digits=3):

@@ -45,6 +45,17 @@ def test_the_interval_is_that_of_a_normal_mean():
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
 
 
+def test_six_photographs_are_covered_as_often_as_stated(monkeypatch):
+    """95 % intervals of six photographs and five seeds hold the true mean about 95 times in 100."""
+    monkeypatch.setattr(tables, "RESAMPLES", 300)
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = rng.normal(0, 1, (1, 6, 1)) + rng.normal(0, 0.2, (5, 6, 1))
+        _, low, high = tables.interval(values)
+        held += low < 0 < high
+    assert 0.92 <= held / 200 <= 0.99
+
+
 def test_few_photographs_widen_the_interval_however_many_draws():
     """Draws of a photograph are no new photographs: what differs between photographs counts."""
     of_photos = np.array([-1.0, 0.0, 1.0])[None, :, None]

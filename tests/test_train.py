@@ -90,6 +90,28 @@ def test_a_run_leaves_everything_a_run_folder_has(small, init, photos, tmp_path,
     assert start == pytest.approx({r["task"]: r["psnr"] for r in rows}, abs=1e-3)
 
 
+def test_rates_rise_and_fall(small, tmp_path):
+    flags = "--warm-up", 4, "--schedule", "linear", "--lr", 1e-3, "--head-lr-factor", 2
+    train.main(small("run", *flags, "--ema", 0.97))
+    rows = logged(tmp_path / "run")
+    wanted = [1e-3 * min(1, (k + 1) / 4) * (1 - k / 10) for k in range(10)]
+    assert [row["lr"] for row in rows] == pytest.approx(wanted)
+    assert [row["lr_heads"] for row in rows] == pytest.approx([2 * rate for rate in wanted])
+
+
+def test_the_average_of_weights():
+    """An exponential moving average over (1 + n) / (10 + n) at most, and with decay 0 the last."""
+    for decay in (0.97, 0.25, 0.0):
+        net = torch.nn.Linear(1, 1, bias=False)
+        averaged, expected = runs.averaged(net, decay), None
+        for n, value in enumerate((1.0, 2.0, 4.0, 3.0)):
+            net.weight.data.fill_(value)
+            averaged.update_parameters(net)
+            keep = min(decay, (1 + n) / (10 + n))
+            expected = value if n == 0 else keep * expected + (1 - keep) * value
+        assert averaged.module.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_sft_control_moves_the_backbone_alone(small, init, tmp_path):
     train.main(small("sft", "--objective", "sft", "--steps", 3))
     stored, start = read_checkpoint(tmp_path / "sft/last.pt"), load_adair(init)
