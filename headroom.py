@@ -25,6 +25,7 @@ from tqdm import tqdm
 import report
 import rewards
 import runs
+from config import DEMO_MODEL
 from data import Crops, DataError, in_draws, list_training, split_usable
 from metrics import evaluation_pair
 from model import CheckpointError, load_adair, load_pretrained, read_checkpoint
@@ -38,7 +39,6 @@ from policy import (
     states_on,
 )
 
-DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 BEST_OF = (4, 16, 64)
 RATES = (0.05, 0.15, 0.4, 0.6, 0.8, 0.95)  # that a rate is swept over
 GATES = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # and a gate, as a factor
