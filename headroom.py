@@ -27,11 +27,12 @@ import rewards
 import runs
 from config import DEMO_MODEL
 from data import Crops, DataError, in_draws, list_training, split_usable
-from metrics import evaluation_pair
+from metrics import evaluation_pair, psnrs
 from model import CheckpointError, load_adair, load_pretrained, read_checkpoint
 from policy import (
     CONTROLS,
     GATE_MEAN,
+    USUAL,
     PolicyError,
     load_policy,
     observe,
@@ -42,7 +43,6 @@ from policy import (
 BEST_OF = (4, 16, 64)
 RATES = (0.05, 0.15, 0.4, 0.6, 0.8, 0.95)  # that a rate is swept over
 GATES = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # and a gate, as a factor
-USUAL = 14  # crops of each task that say what states are usual
 ENOUGH = 4  # photographs for a verdict
 AT_ONCE = 16  # actions of one image that are decoded together
 
@@ -102,11 +102,6 @@ def check(config):
 # ---------------------------------------------------------------------------------- what is scored
 
 
-def psnr_of(restored, gt):
-    """PSNR in dB of (B, 3, H, W), clamped, with graph: (B,)."""
-    return -10 * (restored.clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
-
-
 def controls_of(actions):
     """Actions (B, 3, 4) in (0, 1) as a controller; the gates act divided by their mean."""
     factors = torch.cat((actions[..., :2], actions[..., 2:] / GATE_MEAN), dim=-1)
@@ -117,13 +112,13 @@ def controls_of(actions):
 def score(model, reward, crop, actions):
     """(PSNR, reward) gains of actions (N, 3, 4) on one crop over its deterministic output, (N,)
     each."""
-    psnrs, values = [], []
+    decibels, values = [], []
     for part in actions.split(AT_ONCE):
         restored = model.decode(crop.encoding, controls_of(part), copies=len(part))
         gt = crop.gt.expand(len(part), -1, -1, -1)
-        psnrs.append(psnr_of(restored, gt) - crop.psnr)
+        decibels.append(psnrs(restored, gt) - crop.psnr)
         values.append(reward.differentiable(restored, gt, [crop.task] * len(part)) - crop.reward)
-    return torch.cat(psnrs), torch.cat(values)
+    return torch.cat(decibels), torch.cat(values)
 
 
 def start_of(model):
@@ -175,7 +170,7 @@ def gate_oracle(model, reward, crop, steps, known=(0.0, 0.0)):
             actions = torch.cat((start[:, :2], raw.sigmoid()), dim=1)[None]  # gates in (0, 1)
             restored = model.decode(crop.encoding, controls_of(actions))
             if objective == "psnr":
-                gain = psnr_of(restored, crop.gt).sum() - crop.psnr
+                gain = psnrs(restored, crop.gt).sum() - crop.psnr
             else:
                 gain = reward.differentiable(restored, crop.gt, [crop.task]).sum() - crop.reward
             highest = max(highest, gain.item())
@@ -255,7 +250,7 @@ def crops_to_measure(model, reward, samples, config):
             encoding = model.encode(x)
             restored = model.decode(encoding, controls_of(start_of(model).to(x.device)[None]))
             value = reward.differentiable(restored, gt, [sample.task]).item()
-        images = degraded, gt, encoding, psnr_of(restored, gt).item(), value
+        images = degraded, gt, encoding, psnrs(restored, gt).item(), value
         crops.append(Crop(sample.task, sample.gt, *images))
     few = [task for task, n in seen.items() if n < 2]
     if few:
@@ -316,7 +311,7 @@ def measure(config):
             with torch.no_grad():
                 restored = net(crop.encoding.x, heads.mean())
                 value = reward.differentiable(restored, crop.gt, [crop.task])
-            row[name] = (psnr_of(restored, crop.gt).item() - crop.psnr, value.item() - crop.reward)
+            row[name] = (psnrs(restored, crop.gt).item() - crop.psnr, value.item() - crop.reward)
     found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x[0] for crop in crops)))
     on_whole = policy.clipped(states_on(model, policy, (crop.whole for crop in crops)))

@@ -15,6 +15,13 @@ def psnr(restored, gt):
     return min(100.0, -10 * math.log10(mse)) if mse else 100.0
 
 
+def psnrs(restored, gt):
+    """PSNR in dB of (B, 3, H, W) against (B, 3, H, W), clipped to [0, 1], with graph: (B,); at most
+    100."""
+    mse = (restored.clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return -10 * mse.log10()
+
+
 def psnr_ssim(restored, gt):
     """AdaIR's figures, by scikit-image: PSNR in dB, and SSIM with a uniform 7×7 window, on RGB
     floats in [0, 1]."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 CONTROLS = ("r_h", "r_l", "g_f", "g_o")
 GATE_MEAN = 0.5  # where the gates start: room to move both ways
+USUAL = 14  # crops of each task that say what states are usual
 CLIP = 3.0  # standard deviations beyond which a state is cut off
 FLOOR = 1e-3  # added to a state's deviation, which is 0.003 to 0.03: few crops may be alike
 EDGE = 1e-4  # actions stay in [EDGE, 1 - EDGE]: finite log-probabilities

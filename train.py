@@ -39,12 +39,11 @@ from data import (
     task_names,
 )
 from judge import Judge, JudgeError
-from metrics import evaluate, evaluation_pair, psnr
+from metrics import evaluate, evaluation_pair, psnr, psnrs
 from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
-from policy import PolicyError, load_policy, policy_for, policy_state, states_on
+from policy import USUAL, PolicyError, load_policy, policy_for, policy_state, states_on
 
 JUDGE = Path(__file__).with_name("judge.py")
-USUAL = 14  # crops of each task in D_hard that say what states are usual
 ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
 
 
@@ -294,8 +293,7 @@ def measure(run, reward, restoring, samples, desc):
 
 def batch_psnr(restored, gt):
     """Mean PSNR in dB over a batch."""
-    mse = (restored.detach().clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return (-10 * mse.log10()).mean()
+    return psnrs(restored.detach(), gt).mean()
 
 
 def describe(batch, scores, terms, best, mean, judge):
