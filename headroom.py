@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +55,14 @@ class Config:
     ckpt: str = str(DEMO_MODEL)
     """pre-trained AdaIR, official or ours, or the folder of a run"""
     data_root: str | None = None
-    """AdaIR's data folder, or a folder of photos; without it, the demo's photographs"""
+    """AdaIR's data folder, or a folder of photos; without it, what a run was trained on, and for a
+    checkpoint the demo's photographs"""
     images: int = 4
     """images per task to measure on, of those set aside for validation; at least 2"""
     crop: int = 128
     """px, of all images"""
-    rewards: str = "default"
-    """terms, as for train.py"""
+    rewards: str | None = None
+    """terms, as for train.py; without it, those of a run, and for a checkpoint the default ones"""
     weights_dir: str | None = None
     """where clip, lpips and aes find their weights; without it, torch's cache"""
     concentration: float = 30.0
@@ -108,17 +110,20 @@ def controls_of(actions):
     return lambda level, f, y: factors[:, level]
 
 
+def gains(reward, crop, restored):
+    """(PSNR, reward) gains of restored (N, 3, S, S) over the deterministic output of a crop, (N,)
+    each."""
+    gt = crop.gt.expand_as(restored)
+    values = reward.differentiable(restored, gt, [crop.task] * len(restored))
+    return psnrs(restored, gt) - crop.psnr, values - crop.reward
+
+
 @torch.no_grad()
 def score(model, reward, crop, actions):
-    """(PSNR, reward) gains of actions (N, 3, 4) on one crop over its deterministic output, (N,)
-    each."""
-    decibels, values = [], []
-    for part in actions.split(AT_ONCE):
-        restored = model.decode(crop.encoding, controls_of(part), copies=len(part))
-        gt = crop.gt.expand(len(part), -1, -1, -1)
-        decibels.append(psnrs(restored, gt) - crop.psnr)
-        values.append(reward.differentiable(restored, gt, [crop.task] * len(part)) - crop.reward)
-    return torch.cat(decibels), torch.cat(values)
+    """The gains of actions (N, 3, 4) on one crop."""
+    decode = partial(model.decode, crop.encoding)
+    parts = [decode(controls_of(part), copies=len(part)) for part in actions.split(AT_ONCE)]
+    return gains(reward, crop, torch.cat(parts))
 
 
 def start_of(model):
@@ -130,18 +135,15 @@ def start_of(model):
 # Each returns {column: (gain in dB, gain in reward)} for one crop.
 
 
+@torch.no_grad()
 def best_of_sampled(model, reward, policy, crop, generator):
     """The best of N sampled actions, in the mean over as many groups of N as were drawn."""
-    parts = []
-    with torch.no_grad():
-        for _ in range(max(BEST_OF) // AT_ONCE):
-            controller = policy.sample([generator])
-            model.decode(crop.encoding, controller, copies=AT_ONCE)
-            parts.append(controller.actions)
-    gains = score(model, reward, crop, torch.cat(parts))
+    draw = partial(model.decode, crop.encoding, policy.sample([generator]), copies=AT_ONCE)
+    restored = torch.cat([draw() for _ in range(max(BEST_OF) // AT_ONCE)])
+    found = gains(reward, crop, restored)
 
     def best(n):
-        return tuple(gain.view(-1, n).max(dim=1).values.mean().item() for gain in gains)
+        return tuple(gain.view(-1, n).max(dim=1).values.mean().item() for gain in found)
 
     return {f"best of {n}": best(n) for n in BEST_OF}
 
@@ -154,8 +156,8 @@ def swept(model, reward, crop):
             values = RATES if k < 2 else [GATE_MEAN * factor for factor in GATES]
             actions = start.repeat(len(values), 1, 1)
             actions[:, level, k] = torch.tensor(values)
-            gains = score(model, reward, crop, actions)
-            found[f"{level + 1}.{name}"] = tuple(max(0.0, g.max().item()) for g in gains)
+            best = (gain.max().item() for gain in score(model, reward, crop, actions))
+            found[f"{level + 1}.{name}"] = tuple(max(0.0, gain) for gain in best)
     return found
 
 
@@ -169,10 +171,8 @@ def gate_oracle(model, reward, crop, steps, known=(0.0, 0.0)):
         for _ in range(steps):
             actions = torch.cat((start[:, :2], raw.sigmoid()), dim=1)[None]  # gates in (0, 1)
             restored = model.decode(crop.encoding, controls_of(actions))
-            if objective == "psnr":
-                gain = psnrs(restored, crop.gt).sum() - crop.psnr
-            else:
-                gain = reward.differentiable(restored, crop.gt, [crop.task]).sum() - crop.reward
+            of_psnr, of_reward = gains(reward, crop, restored)
+            gain = of_psnr.sum() if objective == "psnr" else of_reward.sum()
             highest = max(highest, gain.item())
             optimizer.zero_grad()
             (-gain).backward()
@@ -215,18 +215,21 @@ def learn(model, reward, policy, crops, config):
 
 
 def load(config):
-    """(the pre-trained model, None or (model, policy) of a run). Raises CheckpointError,
-    RunError."""
+    """(the pre-trained model, None or (model, policy) of a run); fills in what the run was trained
+    on and for. Raises CheckpointError, RunError."""
     folder = Path(config.ckpt)
     if not folder.is_dir():
+        config.rewards = config.rewards or "default"
         model = load_pretrained(config.ckpt, "fraction")
         model.config["mask_rule"] = "fraction"  # as in training: rates act at every size
         return model, None
     checkpoint = read_checkpoint(folder / "last.pt")
     policy = load_policy(checkpoint)
     stored = runs.load_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if policy is None or "init" not in stored:
+    if policy is None or not {"init", "samples", "scoring"} <= stored.keys():
         raise runs.RunError(f"{folder} is no run of train.py: give its folder, or a checkpoint")
+    config.data_root = config.data_root or stored["samples"]["data_root"]
+    config.rewards = config.rewards or stored["scoring"]["rewards"]
     trained = load_adair(folder / "last.pt", checkpoint)
     model = load_adair(stored["init"])
     model.config["mask_rule"] = trained.config["mask_rule"]
@@ -304,14 +307,13 @@ def measure(config):
     degraded = (training[n][0] for n in numbers)
     policy.fit(states_on(model, policy, degraded))
     learn(model, reward, policy, training, config)
-    found = {"learnable": (model, policy)} | ({"this run": run} if run else {})
-    for name, (net, heads) in found.items():
+    learned = {"learnable": (model, policy)} | ({"this run": run} if run else {})
+    for name, (net, heads) in learned.items():
         net, heads = net.to(config.device), heads.to(config.device)
         for crop, row in zip(crops, rows):
             with torch.no_grad():
-                restored = net(crop.encoding.x, heads.mean())
-                value = reward.differentiable(restored, crop.gt, [crop.task])
-            row[name] = (psnrs(restored, crop.gt).item() - crop.psnr, value.item() - crop.reward)
+                found = gains(reward, crop, net(crop.encoding.x, heads.mean()))
+            row[name] = tuple(gain.item() for gain in found)
     found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x[0] for crop in crops)))
     on_whole = policy.clipped(states_on(model, policy, (crop.whole for crop in crops)))
@@ -415,7 +417,9 @@ def run_program(argv):
     text = "\n\n".join([*tables, clipped, conclusion(tasks, photos, found)])
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    details = f"{len(tasks)} crops of {config.crop} px, seed {config.seed}, {config.device}, "
+    details = f"{len(tasks)} crops of {config.crop} px of "
+    details += f"{config.data_root or 'the demo photographs'}, rewards {config.rewards}, "
+    details += f"seed {config.seed}, {config.device}, "
     details += f"torch {torch.__version__}, {(time.perf_counter() - begin) / 60:.1f} minutes"
     report_text = f"# Headroom of {config.ckpt}\n\n{text}\n\n{details}\n\n![](headroom.png)\n"
     runs.write_atomic(folder / "headroom.md", report_text.encode())

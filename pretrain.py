@@ -372,7 +372,7 @@ def pretrain(config, stop):
     shell = config.device, config.workers, config.save_every
     errors = (DataError, CheckpointError)
     with runs.Run(folder, stop, "the same command", *shell, failures=errors) as run:
-        run.start(state, "pretrain", shown=dict(l1="loss/total"))
+        run.start(state, "pretrain", shown=dict(l1="loss/total"), steps=config.steps)
         while state.step < config.steps:
             crops.crop, size = stage(state.step)
             ends = TURN, config.eval_every  # of a crop size's turn, and until a validation

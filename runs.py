@@ -396,8 +396,10 @@ class Run:
             message = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else error
             raise RunError(f"{message}, {step}; {self.again} goes on") from None
 
-    def start(self, state, desc, shown=()):
-        """Opens the log and the progress bar. shown: metrics the bar shows, {label: name}."""
+    def start(self, state, desc, shown=(), steps=None):
+        """Opens the log and the progress bar. shown: metrics the bar shows, {label: name}; steps:
+        of the whole run, where `batches` are asked for in several parts."""
+        self.steps = steps
         self.shown, self.log = dict(shown), Log(self.folder, state.step)
         self.bar = tqdm(initial=state.step, desc=desc, unit="step", disable=rank() > 0)
         self.state = state
@@ -415,7 +417,7 @@ class Run:
         self.crops = size * processes()  # of one step
         steps = range(state.seen + rank() * size, until + rank() * size, self.crops)
         numbers = (range(first, first + size) for first in steps)
-        self.bar.total = state.step + len(steps)
+        self.bar.total = self.steps or state.step + len(steps)
         loading = dict(num_workers=self.workers, pin_memory=self.gpu, collate_fn=crops.collate)
         loader = iter(DataLoader(crops, batch_sampler=numbers, **loading))
         if self.workers:

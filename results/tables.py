@@ -93,7 +93,9 @@ def difference(arms, one, other):
     """How much more one arm gains than another on the same seeds and photographs."""
     lines = []
     for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")):
-        (a, (seeds, *_)), (b, (others, *_)) = (gains(arms[name], key) for name in (one, other))
+        (a, (seeds, *on)), (b, (others, *there)) = (gains(arms[name], key) for name in (one, other))
+        if on != there:
+            sys.exit(f"results/tables.py: {one} and {other} were measured on other photographs")
         shared = [s for s in seeds if s in others]
         pick = [seeds.index(s) for s in shared], [others.index(s) for s in shared]
         lines.append(f"{cell(a[pick[0]] - b[pick[1]], scale, digits)} {unit}")

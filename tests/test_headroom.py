@@ -79,11 +79,11 @@ def test_backpropagation_moves_the_gates_uphill(scene, tmp_path):
 
 
 def test_a_run_is_measured_against_the_model_it_began_with(small, init, photos, tmp_path, capsys):
-    train.main(small("run", "--freeze-backbone", "--steps", 2))
+    train.main(small("run", "--freeze-backbone", "--steps", 2, "--rewards", "psnr"))
     for i in range(6, 20):
         write(photos / f"{i}.png", width=64, height=48, seed=i)
     flags = ["--images", 2, "--crop", 32, "--ascent", 2, "--learning", 2, "--device", "cpu"]
-    flags += ["--data-root", photos, "--out", tmp_path / "out"]
+    flags += ["--out", tmp_path / "out"]
     argv = [str(flag) for flag in ["--ckpt", tmp_path / "run", *flags]]
     assert headroom.main(argv) is None
     said = capsys.readouterr().out
@@ -91,4 +91,5 @@ def test_a_run_is_measured_against_the_model_it_began_with(small, init, photos, 
     assert (tmp_path / "out/headroom.png").stat().st_size > 0
     stored = json.loads((tmp_path / "out/headroom.json").read_text())
     assert np.array(stored["gains"]["this run"]).shape == (14, 2)
+    assert f"of {photos}, rewards psnr," in said  # the run's own
     assert "there is no checkpoint" in fails(capsys, headroom.main, ["--ckpt", photos])

@@ -148,3 +148,19 @@ def test_a_list_says_what_is_set_aside(tmp_path):
     (tmp_path / "list.txt").write_text("other/1.png\n")
     with pytest.raises(data.DataError, match="names other/1.png, which is none"):
         data.split_listed(samples, tmp_path / "list.txt")
+
+
+def test_the_list_of_a_folder_and_of_photos_sets_both_aside(tmp_path, photos):
+    """Photos stand under seven tasks: those of the list are not trained on, and do not fill the
+    validation either, which the folder's own images are for."""
+    for i in range(4):
+        for folder, name in (("rainy", f"rain-{i}"), ("gt", f"norain-{i}")):
+            write(tmp_path / f"data/Train/Derain/{folder}/{name}.png", seed=i)
+    (tmp_path / "list.txt").write_text("rainy/rain-1.png\nphotos/2.png\n")
+    given = dict(data_root=str(tmp_path / "data"), photos=(str(photos),), crop=(16,))
+    listed = str(tmp_path / "list.txt")
+    config = pretrain.Config(**given, cycle=("derain", "camera"), val_list=listed)
+    train, val = pretrain.find_samples(config, stop=None)
+    assert [s.name for s in val] == ["Train/Derain/rainy/rain-1.png"]
+    assert not any("rain-1" in s.name or s.name == "2.png" for s in train)
+    assert sum(bool(s.degraded) for s in train) == 3 and any(s.name == "1.png" for s in train)

@@ -78,6 +78,15 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
 
 
+def test_arms_measured_on_other_photographs_are_not_compared(tmp_path):
+    write_report(tmp_path / "a/0", lambda *_: 0.0)
+    write_report(tmp_path / "b/0", lambda *_: 0.0)
+    path = tmp_path / "b/0/report.json"
+    path.write_text(path.read_text().replace("c.png", "d.png"))
+    with pytest.raises(SystemExit, match="a and b were measured on other photographs"):
+        tables.difference({name: tmp_path / name for name in "ab"}, "a", "b")
+
+
 def test_an_unknown_arm_is_named():
     program = [sys.executable, ROOT / "results/run.py", "--arms", "x"]
     done = subprocess.run(program, capture_output=True, text=True)
