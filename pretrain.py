@@ -208,11 +208,13 @@ class VariedCrops(Crops):
         columns = slice(left - back, left + self.crop + MARGIN)
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
-        look = another_look(pair[0], rng, PALE.get(task, 0.45))
-        gt, *degraded = map(look, pair)
+        strength = draw_strength(task, rng)
+        # what is pale and sharp is hazy: it shall not be learned as clean
+        pale = PALE.get(task, 0.45) if strength > 0.5 else min(PALE.get(task, 0.1), 0.1)
+        gt, *degraded = map(another_look(pair[0], rng, pale), pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)
-        degraded = quantise(gt + draw_strength(task, rng) * (degraded - gt))
+        degraded = quantise(gt + strength * (degraded - gt))
         flips = [d for d in (1, 2) if rng.random() < 0.5]
         inner = slice(None), slice(up, up + self.crop), slice(back, back + self.crop)
         degraded, gt = degraded[inner].flip(flips), gt[inner].flip(flips)
