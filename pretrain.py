@@ -51,15 +51,18 @@ MARGIN = 16  # px around a crop, context for blur and streaks
 # of a degradation: half-dark truths and pale ones are taken for what they are
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
 # How far black may rise in a truth. Haze, and clean photographs as a camera gives them, are sharp:
-# what is pale and blurred, noisy or rainy is no haze.
-PALE = {"lowlight": 0.0, "dehaze": 0.05, "camera": 0.1}
+# what is pale and blurred, noisy or rainy is no haze, white cloth in motion least of all.
+PALE = {"lowlight": 0.0, "dehaze": 0.05, "camera": 0.1, "deblur": 0.65}
+# Tasks whose real pairs show rooms. Their truths are photographs for all tasks: where rooms stand
+# under haze alone, a blurred white wall is taken for haze.
+INDOORS = ("dehaze", "lowlight")
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
     "denoise15 dehaze derain deblur denoise25 dehaze lowlight deblur derain dehaze denoise50 "
     "deblur camera"
 )
-REAL = 0.7  # of the crops of a task that has both are cut from real pairs
+REAL = 0.6  # of the crops of a task that has both are cut from real pairs
 # Whoever goes on with a run may change these.
 FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
 FREE += "lr muon_lr max_minutes amp".split()
@@ -310,6 +313,8 @@ def find_samples(config, stop):
     runs.same_everywhere("list of images", names_digest(train + val))
     mapper = partial(runs.parallel_map, desc="check", stop=stop)
     train, broken = split_usable(train, max(config.crop), mapper=mapper)
+    rooms = {s.gt: s for s in train if s.degraded and s.task in INDOORS}
+    train += [s._replace(task=task, degraded=None) for s in rooms.values() for task in TASKS]
     val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
     there = {s.task for s in train} | ({"camera"} if any(not s.degraded for s in train) else set())
