@@ -367,10 +367,10 @@ def train(config, stop, judge=None):
     shell = config.device, config.samples.workers, training.save_every, training.keep_every, ERRORS
     with runs.Run(folder, stop, again, *shell) as run:
         given = config, run, pretrained, reward, samples, val
-        if config.objective == "sft":
-            state = fine_tune(*given, checkpoint)
-        else:
+        if config.objective == "irpo":
             state = post_train(*given, judge, checkpoint)
+        else:
+            state = fine_tune(*given, checkpoint)
         run.save("last.pt")
         if len(set(runs.gather(model_digest(state.live["model"])))) > 1:
             runs.say(
