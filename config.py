@@ -90,6 +90,8 @@ class Training:
     demo: 0.97, paper: 0)"""
     freeze_backbone: bool = False
     """train the heads alone, without Eq. 1 and 2"""
+    freeze_heads: bool = False
+    """train the backbone alone, on the best of G rollouts of the first policy, without Eq. 6"""
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
     eval_every: int | None = None
@@ -122,6 +124,15 @@ class Policy:
     """updates of the heads per group; above 1 the clip can bind"""
     shuffle_advantages: bool = False
     """the control of RL: advantages in random order within each group; g* stays the best"""
+    supervise: Literal["best", "random"] = "best"
+    """which rollout the backbone learns from, Eq. 1 and 2; random: the control of choosing"""
+    lambda_sup: tuple[float, float] = (0.35, 0.1)
+    """λ_sup of Eq. 7 at the start and at the end, Table 6"""
+    lambda_cons: tuple[float, float] = (0.2, 0.05)
+    """λ_cons of Eq. 7 at the start and at the end, Table 6; 0 0: without L_cons"""
+    weighting: Literal["none", "difficulty"] = "none"
+    """difficulty: RL weighs more on images far from the truth, L_sup on close ones; not of the
+    paper"""
     mask_rule: Literal["fraction", "adair"] = "fraction"
     """how rates become masks; under adair they do nothing at 128 px"""
 
@@ -171,8 +182,9 @@ class Config:
     """run folder to create; without it, runs/OBJECTIVE-DATE-TIME-seedSEED"""
     resume: str | None = None
     """run folder to continue, with its own settings"""
-    objective: Literal["irpo", "sft"] = "irpo"
-    """irpo: Eq. 7; sft: the control, L1 on the deterministic output, the reward measured only"""
+    objective: Literal["irpo", "sft", "reward", "reward+sft"] = "irpo"
+    """irpo: Eq. 7; controls on the deterministic output, without rollouts: sft: L1; reward:
+    gradient ascent of the reward's differentiable terms; reward+sft: both"""
     seed: int = 0
     """seed of crops and actions"""
     device: str = runs.default_device()
@@ -306,12 +318,23 @@ def check(config):
         raise runs.RunError(f"--judge-args: {error}") from None
     if not training.steps and not training.epochs:
         raise runs.RunError("--steps and --epochs are both 0: nothing would be trained")
-    if config.objective == "sft" and training.freeze_backbone:
-        raise runs.RunError("--objective sft with --freeze-backbone would train nothing")
-    if config.objective == "sft" and config.policy.shuffle_advantages:
-        raise runs.RunError("--objective sft has no advantages: leave --shuffle-advantages out")
-    if config.objective == "sft" and expert.judge != "none":
-        raise runs.RunError("--objective sft learns from no reward: leave --judge out")
+    if training.freeze_backbone and training.freeze_heads:
+        raise runs.RunError("--freeze-backbone with --freeze-heads would train nothing")
+    if config.objective != "irpo":
+        check_control(config)
     if runs.is_url(expert.judge) != bool(expert.judge_model):
         hint = "it goes with --judge http://… and only with that"
         raise runs.RunError(f"--judge-model names the model of a server: {hint}")
+
+
+def check_control(config):
+    """Raises RunError for flags of RL beside an --objective that has none."""
+    control = f"--objective {config.objective}"
+    if config.training.freeze_backbone:
+        raise runs.RunError(f"{control} with --freeze-backbone would train nothing")
+    if config.expert.judge != "none":
+        raise runs.RunError(f"{control} can learn from no judge: leave --judge out")
+    for name in ("shuffle_advantages", "supervise", "lambda_sup", "lambda_cons", "weighting"):
+        if getattr(config.policy, name) != getattr(Policy(), name):
+            flag = f"--{name.replace('_', '-')}"
+            raise runs.RunError(f"{control} has no rollouts: leave {flag} out")

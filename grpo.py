@@ -43,6 +43,13 @@ def best_of_group(rewards):
     return rewards.argmax(dim=-1)
 
 
+def random_of_group(rewards, generators):
+    """Any of each group, whatever its reward, by one generator for every group: (B, G) -> (B,)
+    indices. The control that choosing the best has to beat."""
+    size = rewards.shape[1]
+    return torch.cat([torch.randint(size, (1,), generator=g, device=g.device) for g in generators])
+
+
 def pick(group, index):
     """Of (B, G, …) the member index[b] of each group b: (B, …)."""
     return group[torch.arange(len(index), device=group.device), index]
@@ -110,6 +117,7 @@ def grpo_loss(
     beta=0.04,
     tau=0.01,
     exact_kl=None,
+    weights=None,
 ):
     """The loss of the policy's heads, Eq. 6, and its metrics.
 
@@ -117,9 +125,11 @@ def grpo_loss(
     (Eq. 23) under π_θ, π_old and π_ref and the entropy of π_θ, all on the stored states.
     clip ϵ, beta β and tau τ weigh as in Eq. 6.
     exact_kl: closed-form KL(π_θ ‖ π_ref), (B, G), to use instead of Eq. 11: same expectation, no
-    sampling noise.
+    sampling noise. weights: (B,), of the images in the surrogate, 1 without it.
     Returns (loss, metrics): a scalar with graph, and a dict of scalar tensors without.
     """
+    if weights is not None:
+        advantages = weights[:, None] * advantages  # Eq. 10 is linear in A ≥ 0 and in A ≤ 0
     ratio = (logp - logp_old.detach()).exp()  # Eq. 9
     surrogate = clipped_surrogate(ratio, advantages.detach(), clip)  # Eq. 10
     kl = sampled_kl(ratio, logp, logp_ref.detach()) if exact_kl is None else exact_kl.mean()
@@ -136,10 +146,25 @@ def grpo_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def supervised_losses(y_best, y_det, gt):
+def supervised_losses(y_best, y_det, gt, weights=None):
     """L_sup = ℓ1(y_g*, ŷ) (Eq. 1) and L_cons = ℓ1(y_g*, y_det), gradient through both (Eq. 2);
-    images (B, 3, H, W)."""
-    return (y_best - gt).abs().mean(), (y_best - y_det).abs().mean()
+    images (B, 3, H, W). weights: (B,), of the images in L_sup, 1 without it."""
+    distance = (y_best - gt).abs()
+    if weights is not None:
+        distance = weights[:, None, None, None] * distance
+    return distance.mean(), (y_best - y_det).abs().mean()
+
+
+def difficulty_weights(psnr):
+    """(w_RL, w_sup), (B,) each, of PSNRs (B,) in dB: RL weighs more the farther an output is from
+    the ground truth, supervision the closer it is; 1 each at 30 dB, 2 and 0 at 10 dB, 0 and 2 at
+    50 dB.
+
+    In the spirit of "difficulty-adaptive" RL (arXiv 2511.01645), whose formulas are not public:
+    this one is ours.
+    """
+    closeness = ((psnr - 10) / 40).clamp(0, 1)
+    return 2 * (1 - closeness), 2 * closeness
 
 
 def anneal(start, end, progress):

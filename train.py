@@ -79,9 +79,11 @@ class State:
         if not checkpoint:
             images = (crops[n][0] for n in sum(crops.of_each_task(USUAL).values(), []))
             policy.fit(states_on(model, policy, images))
-        backbone = [p for p in model.parameters() if p.requires_grad]
-        groups = [dict(params=policy.parameters(), name="lr_heads")]
-        groups += [dict(params=backbone, name="lr")] if backbone else []
+        policy.requires_grad_(not training.freeze_heads)
+        groups = []
+        for net, name in ((policy, "lr_heads"), (model, "lr")):
+            learned = [p for p in net.parameters() if p.requires_grad]
+            groups += [dict(params=learned, name=name)] if learned else []
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
         live = torch.nn.ModuleDict(dict(model=model, policy=policy))
         crops_a_step = training.batch_size * runs.processes()
@@ -147,6 +149,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     state = State.attach(config, pretrained, crops, checkpoint)
     (model, policy), reference = state.live.values(), state.reference
     weights = config.policy.clip, config.policy.kl_beta, config.policy.entropy_tau
+    lambdas = config.policy.lambda_sup, config.policy.lambda_cons
     run.start(state, config.objective, shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
 
     for batch in run.batches(crops, config.training.batch_size):
@@ -166,10 +169,16 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             advantages = grpo.shuffled(advantages, generators)
 
         # Eq. 1, 2: the best rollout and the mean action again, with graph, train the backbone
-        best_actions = grpo.pick(group.actions, grpo.best_of_group(scores))
+        chosen = grpo.best_of_group(scores)
+        if config.policy.supervise == "random":
+            chosen = grpo.random_of_group(scores, generators)
+        best_actions = grpo.pick(group.actions, chosen)
         with half_precision(config):
             best, mean = grpo.decode_best_and_mean(model, policy, encoding, best_actions)
-        loss_sup, loss_cons = grpo.supervised_losses(best, mean, batch.gt)
+        weight_rl, weight_sup = None, None
+        if config.policy.weighting == "difficulty":
+            weight_rl, weight_sup = grpo.difficulty_weights(psnrs(mean.detach(), batch.gt))
+        loss_sup, loss_cons = grpo.supervised_losses(best, mean, batch.gt, weight_sup)
 
         # Eq. 6, 9–11: the stored states and actions train the heads
         with torch.no_grad():
@@ -180,10 +189,10 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             log_prob, entropy, statistics = policy.evaluate(group.states, group.actions)
             exact = policy.kl(reference, group.states) if config.policy.kl == "exact" else None
             given = log_prob, old, ref, advantages, entropy
-            loss_rl, learned = grpo.grpo_loss(*given, *weights, exact)
+            loss_rl, learned = grpo.grpo_loss(*given, *weights, exact, weight_rl)
 
             # Eq. 7: one objective, one backward pass, one step
-            loss = grpo.total_loss(loss_rl, loss_sup, loss_cons, state.progress)
+            loss = grpo.total_loss(loss_rl, loss_sup, loss_cons, state.progress, *lambdas)
             state.optimizer.zero_grad()
             loss.backward()
             metrics |= {"loss/sup": loss_sup, "loss/cons": loss_cons, **learned, **statistics}
@@ -197,8 +206,9 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
 
 
 def fine_tune(config, run, pretrained, reward, samples, val, checkpoint=None):
-    """The control: the same samples, steps and rates, L1 of the deterministic output alone; no
-    rollouts and no RL, the reward is measured only. Returns the State after the last step."""
+    """The controls: the same samples, steps and rates, no rollouts and no RL. The deterministic
+    output learns from L1 (sft), from the gradient of the reward itself, which RL does without
+    (reward), or from both (reward+sft). Returns the State after the last step."""
     hard = hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
     state = State.attach(config, pretrained, crops, checkpoint)
@@ -209,7 +219,11 @@ def fine_tune(config, run, pretrained, reward, samples, val, checkpoint=None):
         state.begin_step(config)
         with half_precision(config):
             mean = model(batch.degraded, policy.mean())
-        loss = (mean - batch.gt).abs().mean()
+        loss = 0.0
+        if "sft" in config.objective:
+            loss = loss + (mean - batch.gt).abs().mean()
+        if "reward" in config.objective:
+            loss = loss - reward.differentiable(mean.float(), batch.gt, batch.tasks).mean()
         loss.backward()
         metrics = run.step([state.optimizer], loss)
         metrics["psnr_in"] = batch_psnr(batch.degraded, batch.gt)
@@ -353,10 +367,10 @@ def train(config, stop, judge=None):
     shell = config.device, config.samples.workers, training.save_every, training.keep_every, ERRORS
     with runs.Run(folder, stop, again, *shell) as run:
         given = config, run, pretrained, reward, samples, val
-        if config.objective == "sft":
-            state = fine_tune(*given, checkpoint)
-        else:
+        if config.objective == "irpo":
             state = post_train(*given, judge, checkpoint)
+        else:
+            state = fine_tune(*given, checkpoint)
         run.save("last.pt")
         if len(set(runs.gather(model_digest(state.live["model"])))) > 1:
             runs.say(
@@ -488,9 +502,7 @@ def write_report(config, run, pretrained, reward, held_out):
     notes = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
     if config.expert.judge != "none":
         notes += f" The judge left {failures} rollouts without a score in {steps} steps."
-    sft = config.objective == "sft"
-    what = "the SFT control (L1 on the deterministic output)" if sft else "IRPO"
-    text = f"""# {what}: before and after, {len(before)} held-out images
+    text = f"""# {config.objective}: before and after, {len(before)} held-out images
 
 {table}
 

@@ -1,6 +1,7 @@
 """Repeats the experiments of this folder: every arm with every seed, into runs/results/ARM/SEED.
 
-    python results/run.py                          all arms, seeds 0 to 4
+    python results/run.py                          the arms of the README, seeds 0 to 4
+    python results/run.py --arms all
     python results/run.py --arms irpo sft --seeds 0 1 --jobs 2
 
 What is done is left alone, what was stopped goes on. Jobs run side by side, each on one CPU thread
@@ -19,21 +20,36 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 
-# What an arm adds to the default command, python train.py --hard-ratio 0.3 --seed SEED.
-ARMS = {
-    "irpo": [],
-    "sft": ["--objective", "sft"],
-    "rl": ["--freeze-backbone"],
-    "rl-shuffled": ["--freeze-backbone", "--shuffle-advantages"],
+# An arm is the default command, python train.py --hard-ratio 0.3 --seed SEED, with other flags.
+MAIN = {
+    "irpo": "",
+    "sft": "--objective sft",
+    "best-of-g": "--freeze-heads",
+    "random-rollout": "--freeze-heads --supervise random",
+    "irpo-shuffled": "--shuffle-advantages",
+    "rl": "--freeze-backbone",
+    "rl-shuffled": "--freeze-backbone --shuffle-advantages",
+    "reward": "--objective reward",
+    "reward-sft": "--objective reward+sft",
+    "irpo-no-cons": "--lambda-cons 0 0",
+    "irpo-difficulty": "--weighting difficulty",
 }
+DATA = {  # Figure 5
+    "random-30": "--select random",
+    "easy-30": "--select easy",
+    "all": "--select all",
+    "hard-10": "--hard-ratio 0.1",
+    "hard-50": "--hard-ratio 0.5",
+}
+ARMS = MAIN | DATA
 
 
 @dataclass
 class Config:
     """Repeat the experiments."""
 
-    arms: tuple[str, ...] = tuple(ARMS)
-    """which of them"""
+    arms: tuple[str, ...] = ("irpo", "sft", "rl", "rl-shuffled")
+    """which of them; all: every one"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """seeds of every arm"""
     out: Path = ROOT / "runs" / "results"
@@ -52,7 +68,7 @@ def run(config, arm, seed, threads):
         return True
     begun = (folder / "config.json").exists()
     flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
-    flags += [*ARMS[arm], *shlex.split(config.flags)]
+    flags += shlex.split(f"{ARMS[arm]} {config.flags}")
     scores = sorted(config.out.glob("*/*/hard.json"))
     flags += ["--scores", str(scores[0])] if scores else []
     command = [sys.executable, "train.py", *(["--resume", str(folder)] if begun else flags)]
@@ -69,6 +85,7 @@ def run(config, arm, seed, threads):
 
 def main():
     config = tyro.cli(Config, description=__doc__)
+    config.arms = tuple(ARMS) if config.arms == ("all",) else config.arms
     unknown = set(config.arms) - set(ARMS)
     if unknown:
         sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {', '.join(ARMS)}")

@@ -185,3 +185,39 @@ def test_shuffled_advantages_stay_in_their_group():
     assert torch.equal(found.sort(dim=1).values, advantages.sort(dim=1).values)
     kept = (found == advantages).float().mean().item()
     assert 0.15 < kept < 0.35  # one in four stays by chance
+
+
+def test_weights_are_of_images():
+    """With weights (2, 0.5) the surrogate and L_sup are means of the images' own, so weighted; KL,
+    entropy and L_cons stay as they are."""
+    weights = torch.tensor([2.0, 0.5])
+    logp, old, ref = torch.randn(3, 2, 4)
+    a, entropy = grpo.group_advantages(torch.rand(2, 4)), torch.rand(2, 4)
+    given = logp, old, ref, a, entropy
+    each = [grpo.grpo_loss(*(t[i : i + 1] for t in given), beta=0, tau=0)[0] for i in range(2)]
+    weighted = grpo.grpo_loss(*given, beta=0, tau=0, weights=weights)[0]
+    assert weighted.item() == pytest.approx((2 * each[0] + 0.5 * each[1]).item() / 2, rel=1e-5)
+    rest = [grpo.grpo_loss(*given)[0] - grpo.grpo_loss(*given, beta=0, tau=0)[0]]
+    rest.append(grpo.grpo_loss(*given, weights=weights)[0] - weighted)
+    assert rest[0].item() == pytest.approx(rest[1].item(), rel=1e-4)
+    best, det, gt = torch.rand(3, 2, 3, 8, 8)
+    sup, cons = grpo.supervised_losses(best, det, gt, weights)
+    by_hand = (2 * (best[0] - gt[0]).abs().mean() + 0.5 * (best[1] - gt[1]).abs().mean()) / 2
+    assert sup.item() == pytest.approx(by_hand.item())
+    assert cons.item() == pytest.approx((best - det).abs().mean().item())
+
+
+def test_difficulty_moves_weight_from_supervision_to_rl():
+    rl, sup = grpo.difficulty_weights(torch.tensor([5.0, 10.0, 20.0, 30.0, 50.0, 60.0]))
+    assert rl.tolist() == pytest.approx([2, 2, 1.5, 1, 0, 0])
+    assert sup.tolist() == pytest.approx([0, 0, 0.5, 1, 2, 2])
+
+
+def test_a_random_rollout_does_not_look_at_rewards():
+    rewards = torch.tensor([[9.0, 0, 0, 0]]).repeat(400, 1)
+    found = [
+        grpo.random_of_group(r, [torch.Generator().manual_seed(i) for i in range(400)])
+        for r in (rewards, -rewards)
+    ]
+    assert torch.equal(*found)
+    assert found[0].bincount(minlength=4).tolist() == pytest.approx([100] * 4, abs=35)

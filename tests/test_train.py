@@ -122,6 +122,50 @@ def test_the_sft_control_moves_the_backbone_alone(small, init, tmp_path):
     assert all(0 < row["reward"] < 1 for row in report["after"])  # measured, not learned from
 
 
+def test_without_heads_the_backbone_learns_from_the_best_or_from_any(small, init, tmp_path):
+    """Frozen heads stay the pre-trained model's; a random rollout is another one than the best."""
+    found = {}
+    for name, flags in (("best", ()), ("random", ("--supervise", "random"))):
+        train.main(small(name, "--freeze-heads", "--steps", 3, *flags))
+        stored = read_checkpoint(tmp_path / name / "last.pt")
+        assert all(torch.equal(v, stored["ref"][k]) for k, v in stored["policy"].items())
+        found[name] = stored["model"]["output.weight"]
+    start = load_adair(init).output.weight
+    assert not torch.equal(found["best"], start) and not torch.equal(*found.values())
+
+
+def test_reward_ascent_follows_the_gradient_of_the_reward(small, tmp_path):
+    """Adam's first step has the sign of the gradient: for PSNR alone, that of the squared error."""
+    net = small_adair()
+    net.output.weight.data *= 0.1  # what it adds is small: a PSNR above 10 dB
+    save_adair(tmp_path / "near.pt", net)
+    flags = ["--objective", "reward", "--rewards", "psnr", "--init", tmp_path / "near.pt"]
+    flags += ["--tasks", "denoise", "--steps", 1, "--batch-size", 1, "--lr", 1e-4]
+    train.main(small("run", *flags))
+    folder = tmp_path / "run"
+    config = parse(small("again", *flags))
+    samples = train.usable_samples(config.samples, 1)[0]
+    hard = train.mining.load_hard(folder / "hard.json", train.model_digest(net), samples)
+    degraded, gt, *_ = Crops(hard, config.samples.crop, config.seed)[0]
+    (net(degraded[None]).clamp(0, 1) - gt).square().mean().backward()
+    moved = load_adair(folder / "last.pt").output.weight - net.output.weight
+    certain = net.output.weight.grad.abs() > 1e-6
+    assert certain.float().mean() > 0.9
+    assert torch.equal(moved.sign()[certain], -net.output.weight.grad.sign()[certain])
+
+
+def test_without_consistency_and_with_difficulty(small, tmp_path):
+    """λ_cons = 0 takes L_cons out of the sum; difficulty changes the losses it weighs."""
+    flags = "--steps", 1, "--batch-size", 2
+    train.main(small("plain", *flags))
+    train.main(small("alone", *flags, "--lambda-cons", 0, 0))
+    train.main(small("weighed", *flags, "--weighting", "difficulty"))
+    plain, alone, weighed = (logged(tmp_path / n)[0] for n in ("plain", "alone", "weighed"))
+    assert alone["loss/total"] == pytest.approx(alone["loss/rl"] + 0.35 * alone["loss/sup"])
+    assert plain["loss/total"] == pytest.approx(alone["loss/total"] + 0.2 * plain["loss/cons"])
+    assert weighed["loss/sup"] != pytest.approx(plain["loss/sup"], rel=1e-3)
+
+
 def test_workers_and_reused_scores_change_nothing(small, tmp_path):
     """Loading in other processes; mining taken from an earlier run's file."""
     flags = "--batch-size", 2, "--steps", 2
@@ -321,6 +365,8 @@ def test_old_command_lines_name_the_new_program(capsys):
         (["--hard-ratio", "much"], "--hard-ratio"),
         (["--crop", "100"], "--crop is 100; it must be a multiple of 8"),
         (["--objective", "sft", "--freeze-backbone"], "would train nothing"),
+        (["--freeze-heads", "--freeze-backbone"], "would train nothing"),
+        (["--objective", "reward", "--supervise", "random"], "leave --supervise out"),
         (["--concentration", "9999"], "--concentration is 9999"),
         (["--scores", "/nowhere.json"], "there is no file /nowhere.json"),
         (["--rewards", "beauty"], "no term 'beauty'"),
