@@ -209,8 +209,9 @@ class VariedCrops(Crops):
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
         strength = draw_strength(task, rng)
-        # what is pale and sharp is hazy: it shall not be learned as clean
-        pale = PALE.get(task, 0.45) if strength > 0.5 else min(PALE.get(task, 0.1), 0.1)
+        pale = PALE.get(task, 0.45)
+        if strength <= 0.5:  # what is pale and sharp is hazy: it shall not be learned as clean
+            pale = min(pale, 0.1)
         gt, *degraded = map(another_look(pair[0], rng, pale), pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)
