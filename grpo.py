@@ -82,10 +82,11 @@ def group_advantages(rewards, eps=1e-6):
     gradient. Eq. 8.
 
     ε stands inside the root: a group of equal rewards gets advantage 0, and differences far below
-    √ε = 0.001 stay small.
+    √ε = 0.001 stay small. A group with a reward that is NaN, not scored, gets advantage 0, too.
     """
     centred = rewards.detach() - rewards.detach().mean(dim=-1, keepdim=True)
-    return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    advantages = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return advantages.nan_to_num(nan=0.0)
 
 
 def shuffled(advantages, generators):

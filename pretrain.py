@@ -48,21 +48,18 @@ NEW_MODEL = dict(dim=48, blocks=(4, 6, 6, 8), refinement=4, rate=0.25)  # Table 
 WARM_UP = 200  # steps
 TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
-# of a degradation: half-dark truths and pale ones are taken for what they are
+# of a degradation: what is a little dark or hazy may be meant so
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
-# How far black may rise in a truth. Haze, and clean photographs as a camera gives them, are sharp:
-# what is pale and blurred, noisy or rainy is no haze, white cloth in motion least of all.
-PALE = {"lowlight": 0.0, "dehaze": 0.05, "camera": 0.1, "deblur": 0.65}
 # Tasks whose real pairs show rooms. Their truths are photographs for all tasks: where rooms stand
 # under haze alone, a blurred white wall is taken for haze.
 INDOORS = ("dehaze", "lowlight")
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
-    "denoise15 dehaze derain deblur denoise25 dehaze lowlight deblur derain dehaze denoise50 "
-    "deblur camera"
+    "denoise15 derain dehaze deblur denoise25 derain lowlight dehaze deblur denoise50 derain "
+    "dehaze deblur lowlight camera"
 )
-REAL = 0.6  # of the crops of a task that has both are cut from real pairs
+REAL = 0.5  # of the crops of a task that has both are cut from real pairs
 # Whoever goes on with a run may change these.
 FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
 FREE += "lr muon_lr max_minutes amp".split()
@@ -146,30 +143,28 @@ def check(config):
 # ------------------------------------------------------------------------------------------- crops
 
 
-def another_look(gt, rng, pale):
+def another_look(gt, rng, gamma=True):
     """A function that shows an image as another camera may have taken it: a colour cast, and, one
-    time in two, a gamma and less contrast. It is drawn for the truth gt (3, h, w) and meant for
-    both images of a pair.
+    time in two, a gamma. It is drawn for the truth gt (3, h, w) and meant for both images of a
+    pair.
 
-    pale: how far black may rise; 0 for a cast alone. Without truths like these, a model takes what
-    is dusky for dark and what is pale for hazy; with pale truths under haze, it leaves haze where
-    it is.
+    gamma: False for a cast alone. Black stays black: from truths that are pale, even blurred ones
+    alone, a model learns to leave haze where it is.
     """
     cast = torch.from_numpy(rng.uniform(0.9, 1.0, (3, 1, 1)).astype(np.float32))
-    gamma, black, white = 1.0, 0.0, 1.0
-    if pale and rng.random() < 0.5:
+    power = 1.0
+    if gamma and rng.random() < 0.5:
         # at most so dark that a mean of 0.12 remains: what is darker is left to low light
         mean = min(max(float(gt.mean()), 0.05), 0.95)
         darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
-        gamma = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
-        black, white = rng.uniform(0, pale), 1 - rng.uniform(0, min(pale, 0.25))
-    return lambda image: cast * (black + (white - black) * image**gamma)
+        power = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
+    return lambda image: cast * image**power
 
 
 def draw_strength(task, rng):
     """How much of a degradation an input shows: mostly all, sometimes less, sometimes nothing."""
     kind = rng.random()
-    return 1.0 if kind < 0.65 else rng.uniform(WEAKEST.get(task, 0.0), 1) if kind < 0.9 else 0.0
+    return 1.0 if kind < 0.8 else rng.uniform(WEAKEST.get(task, 0.0), 1) if kind < 0.95 else 0.0
 
 
 class VariedCrops(Crops):
@@ -208,13 +203,11 @@ class VariedCrops(Crops):
         columns = slice(left - back, left + self.crop + MARGIN)
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
-        strength = draw_strength(task, rng)
-        pale = PALE.get(task, 0.45)
-        if strength <= 0.5:  # what is pale and sharp is hazy: it shall not be learned as clean
-            pale = min(pale, 0.1)
-        gt, *degraded = map(another_look(pair[0], rng, pale), pair)
+        look = another_look(pair[0], rng, gamma=task != "lowlight")
+        gt, *degraded = map(look, pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)
+        strength = draw_strength(task, rng)
         degraded = quantise(gt + strength * (degraded - gt))
         flips = [d for d in (1, 2) if rng.random() < 0.5]
         inner = slice(None), slice(up, up + self.crop), slice(back, back + self.crop)

@@ -403,9 +403,6 @@ def parse_terms(text, judge=False):
     if judge and not weights["qwen"]:
         hint = "name it, or leave --judge out"
         raise RewardError(f"there is a --judge, but --rewards leaves its term qwen out: {hint}")
-    if weights["qwen"] and not any(effective_weights(weights, without="qwen").values()):
-        hint = "a group that the judge cannot score would have no reward, so name another term"
-        raise RewardError(f"--rewards with qwen alone: {hint}")
     if not any(effective_weights(weights).values()):
         raise RewardError(f"--rewards {text!r} leaves no term with a weight above 0")
     return weights
@@ -462,7 +459,7 @@ class Reward:
 
         restored: (B, G, 3, H, W), clamped to [0, 1] here; degraded, gt: (B, 3, H, W); tasks: B
         names. judge: judge.Judge, asked first and waited for last; a group with a rollout that it
-        could not score is rewarded without R_qwen.
+        could not score is rewarded without R_qwen, and is NaN where there is no other term.
         """
         scores = judge.ask(degraded, restored, gt) if judge else None
         scene = Scene(restored, gt, tasks, self.nets, scores)
@@ -475,14 +472,23 @@ class Reward:
         if "qwen" not in terms:
             return whole, terms
         judged = terms["qwen"].isfinite().all(dim=1, keepdim=True)
+        if self.is_judge_alone:
+            return torch.where(judged, whole, math.nan), terms
         unjudged = weighted_sum(terms, effective_weights(self.weights, without="qwen"))
         return torch.where(judged, whole, unjudged), terms
 
+    @property
+    def is_judge_alone(self):
+        """Whether R_qwen is the only term."""
+        return not any(effective_weights(self.weights, without="qwen").values())
+
     def differentiable(self, restored, gt, tasks):
         """R of images (B, 3, H, W) of any size, (B,), with graph. Without R_qwen, which has no
-        gradient and takes long: its weight goes to the other terms."""
+        gradient and takes long: its weight goes to the other terms, to those of --rewards default
+        where it is alone."""
         scene = Scene(restored[:, None], gt, tasks, self.nets)
-        effective = effective_weights(self.weights, without="qwen")
+        weights = parse_terms("default") if self.is_judge_alone else self.weights
+        effective = effective_weights(weights, without="qwen")
         terms = {name: TERMS[name].value(scene) for name, weight in effective.items() if weight}
         return weighted_sum(terms, effective)
 

@@ -312,17 +312,18 @@ def batch_psnr(restored, gt):
 
 def describe(batch, scores, terms, best, mean, judge):
     """What the log says of a group's rewards and outputs: {name: scalar}."""
-    deviation = scores.std(dim=1, correction=0)  # (B,)
     metrics = {
-        "reward": scores.mean(),
-        "reward_std": deviation.mean(),
-        "frac_reward_zero_std": (deviation < 1e-7).float().mean(),
         "psnr_in": batch_psnr(batch.degraded, batch.gt),
         "psnr_best": batch_psnr(best, batch.gt),
         "psnr_det": batch_psnr(mean, batch.gt),
     }
+    scored = scores[scores.isfinite().all(dim=1)]  # the judge may have failed a group
+    if len(scored):
+        deviation = scored.std(dim=1, correction=0)  # (B,)
+        metrics |= {"reward": scored.mean(), "reward_std": deviation.mean()}
+        metrics["frac_reward_zero_std"] = (deviation < 1e-7).float().mean()
     for name, value in terms.items():
-        value = value[value.isfinite().all(dim=1)]  # the judge may have failed a group
+        value = value[value.isfinite().all(dim=1)]
         if len(value):
             metrics[f"rewards/{name}/mean"] = value.mean()
             metrics[f"rewards/{name}/std"] = value.std(dim=1, correction=0).mean()
@@ -387,7 +388,11 @@ def make_reward(config, judge):
     if config.samples.crop < side:
         crops = f"crops of {config.samples.crop} px are too small for these rewards"
         raise runs.RunError(f"{crops}: they need {side}")
-    return rewards.Reward(weights, config.device, config.scoring.weights_dir)
+    reward = rewards.Reward(weights, config.device, config.scoring.weights_dir)
+    if reward.is_judge_alone and not config.training.freeze_backbone:
+        hint = "a group that the judge cannot score would have no best rollout"
+        raise runs.RunError(f"--rewards with qwen alone goes with --freeze-backbone: {hint}")
+    return reward
 
 
 def describe_reward(reward, judge, folder):

@@ -279,6 +279,12 @@ def test_a_group_the_judge_could_not_score_is_rewarded_without_it():
     assert torch.equal(terms["qwen"][0], torch.tensor([1.0, 0.0]))
     assert torch.allclose(r[0], 0.9 * without[0] + 0.1 * terms["qwen"][0])
     assert torch.allclose(r[1], without[1])
+    alone = rewards.Reward(rewards.parse_terms("qwen", judge=True))
+    r, _ = alone(y, gt, gt, tasks, Scores())
+    assert r[0].tolist() == [1.0, 0.0] and r[1].isnan().all()  # not scored: never a guess
+    usual = rewards.Reward(rewards.parse_terms("default"))
+    image = y[0, 0], gt[0], "derain"
+    assert alone.of_image(*image) == usual.of_image(*image)  # what a report can measure
 
 
 # ---------------------------------------------------------------------------- networks behind terms
