@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
+import exposure_judge
 import tables
+
+import judge as judges
 
 
 def write_report(folder, gain, hard=(0,)):
@@ -91,3 +96,23 @@ def test_an_unknown_arm_is_named():
     program = [sys.executable, ROOT / "results/run.py", "--arms", "x"]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode != 0 and "there is no arm 'x'" in done.stderr
+
+
+def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
+    """Asked by the program that asks Qwen; all pixels of an image are equal, so its mean is."""
+    server = exposure_judge.ThreadingHTTPServer(("127.0.0.1", 0), exposure_judge.Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/v1"
+    asked = judges.ServerJudge(judges.Config("exposure", address))
+    red = np.array([100, 0, 0])
+    pixels = dict(gt=red, degraded=red * 0, restored=red + [70, 0, 10])
+    images = {name: np.full((16, 16, 3), value, np.uint8) for name, value in pixels.items()}
+    request = {
+        name: judges.data_url(torch.from_numpy(image).permute(2, 0, 1))
+        for name, image in images.items()
+    }
+    (reply,) = asked.score([request])
+    server.shutdown()
+    server.server_close()
+    far = (0.299 * 70 + 0.114 * 10) / 255 / 0.2  # of red and blue, over FAR
+    assert reply["score"] == pytest.approx(1 + 4 * (1 - far), abs=1e-4)

@@ -1,0 +1,80 @@
+r"""A judge whose answer is known: how close the exposure of a restored image is to the truth's. It
+speaks the protocol of OpenAI's servers, so the trainer asks it as it asks a real Qwen2.5-VL, and
+sees of it a score alone, which it cannot differentiate.
+
+    python results/exposure_judge.py &
+    python train.py --judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen \
+        --freeze-backbone
+"""
+
+import base64
+import io
+import json
+import math
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FAR = 0.2  # a difference of mean luminance that is worth the lowest score
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+
+def mean_luminance(url):
+    """Of the image in a data URL, in [0, 1]."""
+    file = io.BytesIO(base64.b64decode(url.partition(";base64,")[2]))
+    return (np.asarray(Image.open(file).convert("RGB")) @ LUMINANCE).mean() / 255
+
+
+def closeness(restored, gt):
+    """1 for equal exposure (mean luminance in [0, 1]), 0 at FAR or more."""
+    return max(0.0, 1 - abs(restored - gt) / FAR)
+
+
+def completion(share):
+    """An answer whose score has the expectation 1 + 4·share: 5 with this probability, else 1."""
+    likely = {"1": math.log(max(1 - share, 1e-9)), "5": math.log(max(share, 1e-9))}
+    digit = max(likely, key=likely.get)
+    top = [dict(token=token, logprob=value) for token, value in likely.items()]
+    tokens = [
+        dict(token="<Score>", logprob=0.0, top_logprobs=[]),
+        dict(token=digit, logprob=likely[digit], top_logprobs=top),
+        dict(token="</Score>", logprob=0.0, top_logprobs=[]),
+    ]
+    message = dict(role="assistant", content=f"<Score>{digit}</Score>")
+    return dict(choices=[dict(message=message, logprobs=dict(content=tokens))])
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(dict(data=[dict(id="exposure")]))
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = request["messages"][0]["content"]
+        urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        gt, _, restored = map(mean_luminance, urls)  # in the order of the judge's prompt
+        self.reply(completion(closeness(restored, gt)))
+
+    def reply(self, answer):
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def main():
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8001
+    print(f"{Path(__file__).name}: http://127.0.0.1:{port}/v1", flush=True)
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
