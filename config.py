@@ -184,7 +184,7 @@ class Config:
     """run folder to continue, with its own settings"""
     objective: Literal["irpo", "sft", "reward", "reward+sft"] = "irpo"
     """irpo: Eq. 7; controls on the deterministic output, without rollouts: sft: L1; reward:
-    gradient ascent of the reward's differentiable terms; reward+sft: both"""
+    gradient ascent of the reward's differentiable terms; reward+sft: L1 − R"""
     seed: int = 0
     """seed of crops and actions"""
     device: str = runs.default_device()
@@ -302,6 +302,7 @@ def check(config):
         config.policy,
         **dict.fromkeys(("group_size", "inner_epochs"), "[1, inf)"),
         **dict.fromkeys(("clip", "kl_beta", "entropy_tau"), "[0, inf)"),
+        **dict.fromkeys(("lambda_sup", "lambda_cons"), "[0, inf)"),
         concentration="(2, 3000]",
     )
     runs.check_ranges(expert, judge_timeout="(0, inf)", judge_patience="[1, inf)")
@@ -322,9 +323,25 @@ def check(config):
         raise runs.RunError("--freeze-backbone with --freeze-heads would train nothing")
     if config.objective != "irpo":
         check_control(config)
+    elif training.freeze_heads:
+        refuse_idle(config, OF_HEADS, "--freeze-heads")
+    elif training.freeze_backbone:
+        refuse_idle(config, OF_BACKBONE, "--freeze-backbone")
     if runs.is_url(expert.judge) != bool(expert.judge_model):
         hint = "it goes with --judge http://… and only with that"
         raise runs.RunError(f"--judge-model names the model of a server: {hint}")
+
+
+OF_HEADS = ("clip", "kl_beta", "entropy_tau", "kl", "inner_epochs", "shuffle_advantages")
+OF_BACKBONE = ("supervise", "lambda_sup", "lambda_cons")
+
+
+def refuse_idle(config, names, where):
+    """Raises RunError for a flag of the policy that would do nothing."""
+    for name in names:
+        if getattr(config.policy, name) != getattr(Policy(), name):
+            flag = f"--{name.replace('_', '-')}"
+            raise runs.RunError(f"{flag} does nothing under {where}: leave it out")
 
 
 def check_control(config):
@@ -332,9 +349,8 @@ def check_control(config):
     control = f"--objective {config.objective}"
     if config.training.freeze_backbone:
         raise runs.RunError(f"{control} with --freeze-backbone would train nothing")
+    if config.training.freeze_heads:
+        raise runs.RunError(f"{control} trains no heads: leave --freeze-heads out")
     if config.expert.judge != "none":
         raise runs.RunError(f"{control} can learn from no judge: leave --judge out")
-    for name in ("shuffle_advantages", "supervise", "lambda_sup", "lambda_cons", "weighting"):
-        if getattr(config.policy, name) != getattr(Policy(), name):
-            flag = f"--{name.replace('_', '-')}"
-            raise runs.RunError(f"{control} has no rollouts: leave {flag} out")
+    refuse_idle(config, (*OF_HEADS, *OF_BACKBONE, "weighting", "group_size"), control)

@@ -522,13 +522,16 @@ def list_kodak(tasks=TASKS):
 def set_aside(samples, most):
     """Splits one task's samples into (train, val): the last `most` images, at most a fifth, at
     least one; fewer where the cut would fall among files that differ in their last number alone,
-    since neighbours are often the same scene."""
+    since neighbours are often the same scene. What shares its truth with an image set aside is
+    trained on only where there is no other."""
     n = min(most, max(len(samples) // 5, 1), max(len(samples) - 1, 0))
     scenes = [re.sub(r"\d+(?=\D*$)", "", stem(s.gt)) for s in samples]
     first = len(samples) - n
     later = (i for i in range(first, len(samples)) if i and scenes[i] != scenes[i - 1])
     cut = next(later, first)
-    return samples[:cut], samples[cut:]
+    truths = {s.gt for s in samples[cut:]}
+    others = [s for s in samples[:cut] if s.gt not in truths]
+    return others or samples[:cut], samples[cut:]
 
 
 class Split(NamedTuple):

@@ -82,11 +82,10 @@ def group_advantages(rewards, eps=1e-6):
     gradient. Eq. 8.
 
     ε stands inside the root: a group of equal rewards gets advantage 0, and differences far below
-    √ε = 0.001 stay small. A group with a reward that is NaN, not scored, gets advantage 0, too.
+    √ε = 0.001 stay small.
     """
     centred = rewards.detach() - rewards.detach().mean(dim=-1, keepdim=True)
-    advantages = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-    return advantages.nan_to_num(nan=0.0)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 def shuffled(advantages, generators):

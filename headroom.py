@@ -27,7 +27,7 @@ import report
 import rewards
 import runs
 from config import DEMO_MODEL
-from data import Crops, DataError, in_draws, list_training, split_usable
+from data import Crops, DataError, in_draws, list_training, split_usable, task_names
 from metrics import evaluation_pair, psnrs
 from model import CheckpointError, load_adair, load_pretrained, read_checkpoint
 from policy import (
@@ -215,25 +215,37 @@ def learn(model, reward, policy, crops, config):
 
 
 def load(config):
-    """(the pre-trained model, None or (model, policy) of a run); fills in what the run was trained
-    on and for. Raises CheckpointError, RunError."""
+    """(the pre-trained model, None or (model, policy) of a run, the Split of the images); fills in
+    what the run was trained for. Raises CheckpointError, DataError, RunError."""
     folder = Path(config.ckpt)
     if not folder.is_dir():
         config.rewards = config.rewards or "default"
         model = load_pretrained(config.ckpt, "fraction")
         model.config["mask_rule"] = "fraction"  # as in training: rates act at every size
-        return model, None
+        return model, None, list_training(config.data_root)
     checkpoint = read_checkpoint(folder / "last.pt")
     policy = load_policy(checkpoint)
     stored = runs.load_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if policy is None or not {"init", "samples", "scoring"} <= stored.keys():
         raise runs.RunError(f"{folder} is no run of train.py: give its folder, or a checkpoint")
-    config.data_root = config.data_root or stored["samples"]["data_root"]
-    config.rewards = config.rewards or stored["scoring"]["rewards"]
+    samples, scoring = stored["samples"], stored["scoring"]
+    if config.data_root:
+        split = list_training(config.data_root)
+    else:  # what the run saw, so that what it did not see is the same
+        tasks = task_names(samples["tasks"]) if samples["tasks"] else ()
+        config.data_root = samples["data_root"]
+        split = list_training(config.data_root, tasks=tasks, listed=samples["listed"])
+    if not config.rewards:
+        terms = scoring["rewards"].split(",")
+        unjudged = [term for term in terms if term.partition("=")[0] != "qwen"]
+        config.rewards = ",".join(unjudged) or "default"
+        if unjudged != terms:
+            runs.say(f"measured without the judge, by --rewards {config.rewards}")
+    config.weights_dir = config.weights_dir or scoring["weights_dir"]
     trained = load_adair(folder / "last.pt", checkpoint)
     model = load_adair(stored["init"])
     model.config["mask_rule"] = trained.config["mask_rule"]
-    return model, (trained, policy)
+    return model, (trained, policy), split
 
 
 def crops_to_measure(model, reward, samples, config):
@@ -277,14 +289,13 @@ def minutes(model, reward, crop, config, n_crops, n_tasks):
 def measure(config):
     """All measurements: ([task of a crop], [its photograph], {column: (n, 2) gains in dB and
     reward}, a sentence on the states)."""
-    model, run = load(config)
+    model, run, split = load(config)
     model = model.to(config.device, memory_format=torch.channels_last).requires_grad_(False)
     weights = rewards.parse_terms(config.rewards)
     side = rewards.smallest_side(weights)
     if config.crop < side:
         raise runs.RunError(f"--crop is {config.crop}; these rewards need {side} px")
     reward = rewards.Reward(weights, config.device, config.weights_dir)
-    split = list_training(config.data_root)
     train, problems = split_usable(in_draws(split.train, 4, config.crop), config.crop)
     runs.say_skipped(problems)
     crops = crops_to_measure(model, reward, split.val, config)

@@ -50,19 +50,15 @@ TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
 # of a degradation: what is a little dark or hazy may be meant so
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
-# Tasks whose real pairs show rooms. Their truths are photographs for all tasks: where rooms stand
-# under haze alone, a blurred white wall is taken for haze.
-INDOORS = ("dehaze", "lowlight")
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
     "denoise15 derain dehaze deblur denoise25 derain lowlight dehaze deblur denoise50 derain "
     "dehaze deblur lowlight camera"
 )
-REAL = 0.5  # of the crops of a task that has both are cut from real pairs
 # Whoever goes on with a run may change these.
 FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
-FREE += "lr muon_lr max_minutes amp".split()
+FREE += "lr muon_lr max_minutes amp real rooms".split()
 
 
 @dataclass
@@ -106,6 +102,11 @@ class Config:
     """decay of the averaged weights"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
+    real: float = 0.5
+    """share of real pairs in the crops of a task that has real and synthesised ones"""
+    rooms: tuple[Literal[tuple(TASKS)], ...] = ()
+    """tasks whose real pairs show rooms, as dehaze lowlight: their truths become photographs for
+    all tasks; where rooms stand under haze alone, a blurred white wall is taken for haze"""
     eval_every: int = 2000
     """steps between validations"""
     save_every: int = 100
@@ -128,7 +129,7 @@ def check(config):
         ("blocks", "refinement", "batch_size", "steps", "eval_every", "save_every"), "[1, inf)"
     )
     rates = dict.fromkeys(("decay", "lr", "muon_lr", "seed"), "[0, inf)")
-    runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)")
+    runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)", real="[0, 1]")
     runs.check_ranges(config, workers="[0, 256]", max_minutes="(0, inf)")
     if config.decay > config.steps:
         raise runs.RunError(f"--decay is {config.decay}; it must be at most --steps")
@@ -171,8 +172,9 @@ class VariedCrops(Crops):
     """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs, a
     new degradation every time, of any strength, in varied exposure and colour."""
 
-    def __init__(self, samples, crop, seed, cycle):
+    def __init__(self, samples, crop, seed, cycle, real=0.5):
         super().__init__(samples, crop, seed)
+        self.real = real
         photos = {s.gt: s for s in samples if not s.degraded}
         self.cycle, self.kinds = cycle, {"camera": [list(photos.values())]}
         for task in TASKS:
@@ -194,7 +196,7 @@ class VariedCrops(Crops):
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
         task = self.cycle[n % len(self.cycle)]
-        kind = self.kinds[task][-1 if rng.random() < REAL else 0]
+        kind = self.kinds[task][-1 if rng.random() < self.real else 0]
         sample = kind[rng.integers(len(kind))]
         pair = [self.read(file, sample.box) for file in (sample.gt, sample.degraded) if file]
         top, left = self.corner(sample, pair[0], rng)
@@ -309,10 +311,12 @@ def find_samples(config, stop):
     runs.same_everywhere("list of images", names_digest(train + val))
     mapper = partial(runs.parallel_map, desc="check", stop=stop)
     train, broken = split_usable(train, max(config.crop), mapper=mapper)
-    rooms = {s.gt: s for s in train if s.degraded and s.task in INDOORS}
-    train += [s._replace(task=task, degraded=None) for s in rooms.values() for task in TASKS]
+    rooms = {s.gt: s for s in train if s.degraded and s.task in config.rooms}
+    train += [s._replace(task=task, degraded="") for s in rooms.values() for task in TASKS]
     val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
+    if not val:
+        raise DataError("no image is left to validate on: name some with --val-list")
     there = {s.task for s in train} | ({"camera"} if any(not s.degraded for s in train) else set())
     missing = [task for task in config.cycle if task not in there]
     if missing:
@@ -368,7 +372,7 @@ def pretrain(config, stop):
     if (folder / "last.pt").exists():
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
-    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle)
+    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle, config.real)
 
     shell = config.device, config.workers, config.save_every
     errors = (DataError, CheckpointError)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -165,6 +166,8 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         # Eq. 22, 8: reward every rollout, normalise within its group
         scores, terms = reward(group.restored, batch.degraded, batch.gt, batch.tasks, judge)
         advantages = grpo.group_advantages(scores)  # (B, G)
+        if reward.is_judge_alone:  # NaN is what it could not score
+            advantages = advantages.nan_to_num(nan=0.0)
         if config.policy.shuffle_advantages:
             advantages = grpo.shuffled(advantages, generators)
 
@@ -213,19 +216,22 @@ def fine_tune(config, run, pretrained, reward, samples, val, checkpoint=None):
     crops = Crops(hard, config.samples.crop, config.seed)
     state = State.attach(config, pretrained, crops, checkpoint)
     model, policy = state.live.values()
+    parts = config.objective.split("+")
     run.start(state, config.objective, shown=dict(psnr="psnr_det"))
     for batch in run.batches(crops, config.training.batch_size):
         validate_when_due(config, run, reward, val)
         state.begin_step(config)
         with half_precision(config):
             mean = model(batch.degraded, policy.mean())
-        loss = 0.0
-        if "sft" in config.objective:
-            loss = loss + (mean - batch.gt).abs().mean()
-        if "reward" in config.objective:
-            loss = loss - reward.differentiable(mean.float(), batch.gt, batch.tasks).mean()
+        losses = {}
+        if "sft" in parts:
+            losses["loss/l1"] = (mean - batch.gt).abs().mean()
+        if "reward" in parts:
+            of_images = reward.differentiable(mean.float(), batch.gt, batch.tasks)
+            losses["loss/reward"] = -of_images.mean()
+        loss = sum(losses.values())
         loss.backward()
-        metrics = run.step([state.optimizer], loss)
+        metrics = losses | run.step([state.optimizer], loss)
         metrics["psnr_in"] = batch_psnr(batch.degraded, batch.gt)
         metrics["psnr_det"] = batch_psnr(mean, batch.gt)
         state.averaged.update_parameters(state.live)
@@ -261,9 +267,12 @@ def hard_samples(config, run, pretrained, samples):
 
 
 def action_generators(config, numbers):
-    """One generator for the actions of each crop, which follow from its number alone."""
+    """One generator for the actions of each crop, which follow from the run's seed and the crop's
+    number alone."""
     generators = [torch.Generator(config.device) for _ in numbers]
-    return [g.manual_seed((config.seed << 32) + n) for g, n in zip(generators, numbers)]
+    # mixed, since a CPU's generator takes the low 32 bits of a seed
+    seeds = [int(np.random.SeedSequence((config.seed, n)).generate_state(1)[0]) for n in numbers]
+    return [g.manual_seed(seed) for g, seed in zip(generators, seeds)]
 
 
 def half_precision(config):
@@ -505,6 +514,9 @@ def write_report(config, run, pretrained, reward, held_out):
     hard = mining.select(before, 0.3)
     table = report.before_after_table(before, after, hard)
     notes = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
+    without = "the reward without the judge's part"
+    if reward.is_judge_alone:
+        without = "the reward that of --rewards default, not the judge's, which trained"
     if config.expert.judge != "none":
         notes += f" The judge left {failures} rollouts without a score in {steps} steps."
     text = f"""# {config.objective}: before and after, {len(before)} held-out images
@@ -512,8 +524,8 @@ def write_report(config, run, pretrained, reward, held_out):
 {table}
 
 Seed {config.seed}, torch {torch.__version__}, {config.device}. PSNR and SSIM by AdaIR's protocol,
-deterministic output of the last step; the reward without the judge's part. Hard are the 30 % of
-each task with the lowest PSNR before.{notes}
+deterministic output of the last step; {without}. Hard are the 30 % of each task with the lowest
+PSNR before.{notes}
 Command: `{config.command}`
 
 ![curves](curves.png)

@@ -13,9 +13,9 @@ import json
 import math
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 
 FAR = 0.2  # a difference of mean luminance that is worth the lowest score
@@ -70,11 +70,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def main():
-    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8001
-    print(f"{Path(__file__).name}: http://127.0.0.1:{port}/v1", flush=True)
-    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+def main(port: int = 8001):
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        sys.exit(f"results/exposure_judge.py: port {port} cannot be had ({error.strerror})")
+    print(f"http://127.0.0.1:{port}/v1", flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -37,7 +37,7 @@ MAIN = {
 DATA = {  # Figure 5
     "random-30": "--select random",
     "easy-30": "--select easy",
-    "all": "--select all",
+    "all-data": "--select all",
     "hard-10": "--hard-ratio 0.1",
     "hard-50": "--hard-ratio 0.5",
 }
@@ -85,6 +85,7 @@ def run(config, arm, seed, threads):
 
 def main():
     config = tyro.cli(Config, description=__doc__)
+    config.out = config.out.resolve()
     config.arms = tuple(ARMS) if config.arms == ("all",) else config.arms
     unknown = set(config.arms) - set(ARMS)
     if unknown:

@@ -18,6 +18,36 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
 
 RESAMPLES = 10_000
+# Which arms answer a question together: the second is the control of the first.
+PAIRS = (
+    ("irpo", "sft"),
+    ("irpo", "best-of-g"),
+    ("best-of-g", "random-rollout"),
+    ("irpo", "irpo-shuffled"),
+    ("rl", "rl-shuffled"),
+    ("reward", "sft"),
+    ("reward-sft", "sft"),
+    ("irpo", "irpo-no-cons"),
+    ("irpo-difficulty", "irpo"),
+    ("irpo", "random-30"),
+    ("irpo", "easy-30"),
+    ("irpo", "all-data"),
+)
+
+
+def pretrained(arms):
+    """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
+    the same images."""
+    first = None
+    for path in sorted(path for folder in arms.values() for path in folder.glob("*/report.json")):
+        rows = json.loads(path.read_text())["before"]
+        found = {(row["task"], row["name"]): row["psnr"] for row in rows}
+        first = first or (path, found, rows)
+        same = found.keys() == first[1].keys()
+        if not same or any(abs(psnr - first[1][key]) > 0.01 for key, psnr in found.items()):
+            another = "began with another model, or was measured on other images, than"
+            sys.exit(f"results/tables.py: {path} {another} {first[0]}")
+    return {task: report.mean(rows, "psnr") for task, rows in report.by_task(first[2]).items()}
 
 
 def gains(folder, key, only=None):
@@ -47,9 +77,12 @@ def mean_of_tasks(values):
 def interval(values, seed=0):
     """(mean, low, high) of the mean over tasks: its standard error by the bootstrap over seeds and
     photographs, times Student's t for so few photographs. (Percentiles of the bootstrap would be
-    too narrow: of six photographs they hold the true mean 86 times in 100.)"""
+    too narrow: of six photographs they hold the true mean 86 times in 100. Of fewer than five seeds
+    these are, too, where seeds matter more than photographs.)"""
     rng = np.random.default_rng(seed)
     n_seeds, n_photos, _ = values.shape
+    if n_photos < 2:
+        sys.exit("results/tables.py: one photograph has no interval; hold out more")
     found = []
     for _ in range(RESAMPLES):
         chosen = rng.integers(n_seeds, size=n_seeds), rng.integers(n_photos, size=n_photos)
@@ -66,12 +99,13 @@ def cell(values, scale=1.0, digits=3):
 
 
 def per_task(arms):
-    """Mean gains in dB per task."""
-    rows = []
+    """The PSNR of the pre-trained model and the mean gains over it, in dB, per task."""
+    start = pretrained(arms)
+    rows = [["pre-trained model", *(f"{v:.2f}" for v in start.values())]]
     for arm, folder in arms.items():
         values, (_, _, tasks) = gains(folder, "psnr")
         rows.append([arm, *(f"{v:+.3f}" for v in np.nanmean(values, axis=(0, 1)))])
-    return report.markdown(["gain, dB", *tasks], rows)
+    return report.markdown(["PSNR, gain, dB", *tasks], rows)
 
 
 def overall(arms):
@@ -90,13 +124,13 @@ def overall(arms):
 
 
 def difference(arms, one, other):
-    """How much more one arm gains than another on the same seeds and photographs."""
+    """How much more one arm gains than another on the same seeds."""
     lines = []
     for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")):
-        (a, (seeds, *on)), (b, (others, *there)) = (gains(arms[name], key) for name in (one, other))
-        if on != there:
-            sys.exit(f"results/tables.py: {one} and {other} were measured on other photographs")
+        (a, (seeds, *_)), (b, (others, *_)) = (gains(arms[name], key) for name in (one, other))
         shared = [s for s in seeds if s in others]
+        if not shared:
+            return f"{one} minus {other}: no seed in common"
         pick = [seeds.index(s) for s in shared], [others.index(s) for s in shared]
         lines.append(f"{cell(a[pick[0]] - b[pick[1]], scale, digits)} {unit}")
     return f"{one} minus {other}, {len(shared)} seeds: {', '.join(lines)}"
@@ -108,10 +142,10 @@ def main():
     if not done:
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
     arms = {path.name: path for path in done}
-    print(overall(arms), per_task(arms), sep="\n\n")
-    for one, other in (("rl", "rl-shuffled"), ("irpo", "sft")):
+    print(per_task(arms), overall(arms), "", sep="\n\n")
+    for one, other in PAIRS:
         if {one, other} <= arms.keys():
-            print("\n" + difference(arms, one, other))
+            print(difference(arms, one, other))
 
 
 if __name__ == "__main__":

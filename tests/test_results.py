@@ -83,13 +83,25 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
 
 
-def test_arms_measured_on_other_photographs_are_not_compared(tmp_path):
+@pytest.mark.parametrize("old, new", [("c.png", "d.png"), ('"psnr": 20.0', '"psnr": 20.1')])
+def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new):
     write_report(tmp_path / "a/0", lambda *_: 0.0)
     write_report(tmp_path / "b/0", lambda *_: 0.0)
+    arms = {name: tmp_path / name for name in "ab"}
+    assert tables.pretrained(arms) == dict(rain=20, haze=20)
     path = tmp_path / "b/0/report.json"
-    path.write_text(path.read_text().replace("c.png", "d.png"))
-    with pytest.raises(SystemExit, match="a and b were measured on other photographs"):
-        tables.difference({name: tmp_path / name for name in "ab"}, "a", "b")
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(SystemExit, match="b/0/report.json began with another model, or was measur"):
+        tables.pretrained(arms)
+
+
+def test_what_has_no_interval_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="one photograph has no interval"):
+        tables.interval(np.zeros((5, 1, 2)))
+    write_report(tmp_path / "a/0", lambda *_: 0.0)
+    write_report(tmp_path / "b/1", lambda *_: 0.0)
+    arms = {name: tmp_path / name for name in "ab"}
+    assert tables.difference(arms, "a", "b") == "a minus b: no seed in common"
 
 
 def test_an_unknown_arm_is_named():

@@ -159,11 +159,18 @@ def test_without_consistency_and_with_difficulty(small, tmp_path):
     flags = "--steps", 1, "--batch-size", 2, "--tasks", "derain"
     train.main(small("plain", *flags))
     train.main(small("alone", *flags, "--lambda-cons", 0, 0))
-    train.main(small("weighed", *flags, "--weighting", "difficulty"))
-    plain, alone, weighed = (logged(tmp_path / n)[0] for n in ("plain", "alone", "weighed"))
+    plain, alone = (logged(tmp_path / n)[0] for n in ("plain", "alone"))
     assert alone["loss/total"] == pytest.approx(alone["loss/rl"] + 0.35 * alone["loss/sup"])
     assert plain["loss/total"] == pytest.approx(alone["loss/total"] + 0.2 * plain["loss/cons"])
-    assert weighed["loss/sup"] != pytest.approx(plain["loss/sup"], rel=1e-3)
+    # of one image: the weights that the PSNR of its deterministic output has by hand
+    train.main(small("one", "--steps", 1, "--tasks", "derain"))
+    train.main(small("one-weighed", "--steps", 1, "--tasks", "derain", "--weighting", "difficulty"))
+    plain, weighed = (logged(tmp_path / n)[0] for n in ("one", "one-weighed"))
+    close = min(max((plain["psnr_det"] - 10) / 40, 0), 1)
+    assert 0.1 < close < 0.45
+    assert weighed["loss/sup"] == pytest.approx(2 * close * plain["loss/sup"], rel=1e-3)
+    wanted = 2 * (1 - close) * plain["advantage_abs"]
+    assert weighed["advantage_abs"] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_workers_and_reused_scores_change_nothing(small, tmp_path):
@@ -366,7 +373,11 @@ def test_old_command_lines_name_the_new_program(capsys):
         (["--crop", "100"], "--crop is 100; it must be a multiple of 8"),
         (["--objective", "sft", "--freeze-backbone"], "would train nothing"),
         (["--freeze-heads", "--freeze-backbone"], "would train nothing"),
-        (["--objective", "reward", "--supervise", "random"], "leave --supervise out"),
+        (["--objective", "reward", "--supervise", "random"], "--supervise does nothing"),
+        (["--objective", "sft", "--freeze-heads"], "leave --freeze-heads out"),
+        (["--freeze-backbone", "--lambda-sup", "3", "3"], "--lambda-sup does nothing"),
+        (["--freeze-heads", "--inner-epochs", "2"], "--inner-epochs does nothing"),
+        (["--lambda-sup", "-1", "0"], "--lambda-sup is -1"),
         (["--concentration", "9999"], "--concentration is 9999"),
         (["--scores", "/nowhere.json"], "there is no file /nowhere.json"),
         (["--rewards", "beauty"], "no term 'beauty'"),
@@ -384,6 +395,17 @@ def test_old_command_lines_name_the_new_program(capsys):
 )
 def test_impossible_flags_are_one_sentence(small, capsys, flags, words):
     assert words in fails(capsys, train.main, small("run", *flags))
+
+
+def test_another_seed_draws_other_actions_and_another_crop_too(small):
+    drawn = {}
+    for seed in (0, 1):
+        config = parse(small("run", "--seed", seed))
+        for n, generator in zip((7, 8), train.action_generators(config, (7, 8))):
+            drawn[seed, n] = torch.rand(1, generator=generator).item()
+    assert len(set(drawn.values())) == 4
+    (again,) = train.action_generators(parse(small("run", "--seed", 1)), (8,))
+    assert torch.rand(1, generator=again).item() == drawn[1, 8]
 
 
 def test_resume_wants_a_run_folder_and_nothing_else(small, tmp_path, capsys):
