@@ -222,8 +222,13 @@ class VariedCrops(Crops):
 
 def optimizers_of(net, config):
     """(Muon, Adam): Muon for the 1×1 convolutions, as matrices that share their memory, Adam for
-    the rest (Jordan et al. 2024, "Muon")."""
-    learned = {name: p for name, p in net.named_parameters() if ".rate_conv." not in name}
+    the rest (Jordan et al. 2024, "Muon").
+
+    para2, AdaIR's weight of the latent in an AFLB, stays 1: learned, it falls towards 0 while the
+    deep levels know nothing yet, and without gradient they never will.
+    """
+    named = net.named_parameters()
+    learned = {n: p for n, p in named if ".rate_conv." not in n and not n.endswith(".para2")}
     matrices = [p for p in learned.values() if p.shape[2:] == (1, 1) and min(p.shape[:2]) >= 8]
     taken = set(map(id, matrices))
     rest = [p for p in learned.values() if id(p) not in taken]
