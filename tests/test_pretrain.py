@@ -36,10 +36,10 @@ def test_crops_stay_aligned_and_vary_in_strength_and_exposure(tmp_path):
     """At σ = 15 and a strength s a crop differs from its truth by noise of 15 s."""
     samples = [s for s in samples_of(tmp_path, 1) if s.task == "denoise15"]
     crops = pretrain.VariedCrops(samples, 48, 0, ["denoise15"])
-    pairs = [crops[n][:2] for n in range(60)]
+    pairs = [crops[n][:2] for n in range(120)]
     distances = [psnr(*pair) for pair in pairs]
     assert min(distances) > 22 and sum(d > 50 for d in distances) >= 1  # clean but for 8 bits
-    assert sum(d < 28 for d in distances) > 30 and sum(28 < d < 50 for d in distances) > 5
+    assert sum(d < 28 for d in distances) > 80 and sum(28 < d < 50 for d in distances) > 4
     brightness = [gt.mean().item() for _, gt in pairs]
     assert max(brightness) > 1.5 * min(brightness)
 
@@ -63,7 +63,8 @@ def test_muon_has_the_matrices_and_steps_in_all_directions_alike(tmp_path):
     net = small_adair()
     config = pretrain.Config(muon_lr=0.1, lr=0.0)
     muon, adam = pretrain.optimizers_of(net, config)
-    learned = {n: p for n, p in net.named_parameters() if ".rate_conv." not in n}
+    fixed = ("rate_conv.", "para2")
+    learned = {n: p for n, p in net.named_parameters() if not any(name in n for name in fixed)}
     sizes = [sum(p.numel() for p in o.param_groups[0]["params"]) for o in (muon, adam)]
     assert sum(sizes) == sum(p.numel() for p in learned.values()) and sizes[0] > sizes[1]
     before = {n: p.detach().clone() for n, p in learned.items()}
