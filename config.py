@@ -285,6 +285,11 @@ def resumed(config, stored):
     return config
 
 
+# Flags of the policy that do nothing where the heads, or the backbone, are not trained.
+OF_HEADS = ("clip", "kl_beta", "entropy_tau", "kl", "inner_epochs", "shuffle_advantages")
+OF_BACKBONE = ("supervise", "lambda_sup", "lambda_cons")
+
+
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
     training, expert = config.training, config.expert
@@ -330,10 +335,6 @@ def check(config):
     if runs.is_url(expert.judge) != bool(expert.judge_model):
         hint = "it goes with --judge http://… and only with that"
         raise runs.RunError(f"--judge-model names the model of a server: {hint}")
-
-
-OF_HEADS = ("clip", "kl_beta", "entropy_tau", "kl", "inner_epochs", "shuffle_advantages")
-OF_BACKBONE = ("supervise", "lambda_sup", "lambda_cons")
 
 
 def refuse_idle(config, names, where):

@@ -7,25 +7,24 @@ sees of it a score alone, which it cannot differentiate.
         --freeze-backbone
 """
 
-import base64
-import io
 import json
 import math
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-import numpy as np
 import tyro
-from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from judge import read_source
+from rewards import luma
 
 FAR = 0.2  # a difference of mean luminance that is worth the lowest score
-LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 def mean_luminance(url):
     """Of the image in a data URL, in [0, 1]."""
-    file = io.BytesIO(base64.b64decode(url.partition(";base64,")[2]))
-    return (np.asarray(Image.open(file).convert("RGB")) @ LUMINANCE).mean() / 255
+    return luma(read_source(url)[None]).mean().item()
 
 
 def closeness(restored, gt):
