@@ -58,7 +58,7 @@ CYCLE = (
 )
 # Whoever goes on with a run may change these.
 FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
-FREE += "lr muon_lr max_minutes amp real rooms".split()
+FREE += "lr muon_lr max_minutes amp real rooms drop_skip".split()
 
 
 @dataclass
@@ -102,6 +102,9 @@ class Config:
     """decay of the averaged weights"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
+    drop_skip: float = 0.3
+    """chance that an image loses a level's skip connection, so that the level below has to restore
+    it alone: else the deep levels, and with them the gates, fall silent early"""
     real: float = 0.5
     """share of real pairs in the crops of a task that has real and synthesised ones"""
     rooms: tuple[Literal[tuple(TASKS)], ...] = ()
@@ -129,7 +132,8 @@ def check(config):
         ("blocks", "refinement", "batch_size", "steps", "eval_every", "save_every"), "[1, inf)"
     )
     rates = dict.fromkeys(("decay", "lr", "muon_lr", "seed"), "[0, inf)")
-    runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)", real="[0, 1]")
+    runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)")
+    runs.check_ranges(config, real="[0, 1]", drop_skip="[0, 1]")
     runs.check_ranges(config, workers="[0, 256]", max_minutes="(0, inf)")
     if config.decay > config.steps:
         raise runs.RunError(f"--decay is {config.decay}; it must be at most --steps")
@@ -302,6 +306,14 @@ def make_model(config):
     return AdaIR(*sizes, mask_rule=config.mask_rule, rates=(rate, rate))
 
 
+def drop_skips(encoding, chance, rng):
+    """An `Encoding` whose skip connections are 0, each of each image with this chance."""
+    kept = torch.from_numpy(rng.random((3, len(encoding.x), 1, 1, 1)) >= chance)
+    kept = kept.to(encoding.x)
+    skips = dict(zip(("skip1", "skip2", "skip3"), kept))
+    return encoding._replace(**{name: getattr(encoding, name) * k for name, k in skips.items()})
+
+
 def find_samples(config, stop):
     """(training, validation) samples of all folders, every image decoded once, by all processes.
     Raises DataError."""
@@ -393,7 +405,9 @@ def pretrain(config, stop):
                     optimizer.param_groups[0]["lr"] = lr * factor
                 kind = torch.device(config.device).type
                 with torch.autocast(kind, torch.bfloat16, enabled=config.amp == "bf16"):
-                    restored = net(batch.degraded)
+                    rng = np.random.default_rng((config.seed, state.step, runs.rank(), 2))
+                    encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rng)
+                    restored = net.decode(encoding)
                 loss = (restored - batch.gt).abs().mean()
                 net.zero_grad()
                 loss.backward()

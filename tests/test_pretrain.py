@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import fails, logged, samples_of, small_adair, without_times, write
@@ -13,7 +14,7 @@ from conftest import fails, logged, samples_of, small_adair, without_times, writ
 import data
 import pretrain
 from metrics import psnr
-from model import load_adair, read_checkpoint
+from model import Encoding, load_adair, read_checkpoint
 
 # ------------------------------------------------------------------------------------------- crops
 
@@ -54,7 +55,19 @@ def test_a_real_pair_is_shown_in_one_look(tmp_path):
     assert not torch.allclose(crops[0][1].mean(), crops[1][1].mean(), atol=1e-3)
 
 
-# -------------------------------------------------------------------------------------- optimizers
+# ------------------------------------------------------------------------- skips and optimizers
+
+
+def test_skips_are_dropped_one_by_one_and_nothing_else_is():
+    whole = Encoding(*(torch.ones(2000, 1, 1, 1) for _ in range(5)))
+    kept = pretrain.drop_skips(whole, 0.3, np.random.default_rng(0))
+    assert torch.equal(kept.x, whole.x) and torch.equal(kept.latent, whole.latent)
+    skips = torch.stack([kept.skip1, kept.skip2, kept.skip3]).flatten(1)  # (3, 2000)
+    assert set(skips.unique().tolist()) == {0, 1}
+    assert skips.mean(dim=1).tolist() == pytest.approx([0.7] * 3, abs=0.04)  # 4 deviations
+    assert torch.corrcoef(skips).triu(1).abs().max() < 0.09  # each by itself
+    everything = pretrain.drop_skips(whole, 0.0, np.random.default_rng(0))
+    assert all(map(torch.equal, everything, whole))
 
 
 def test_muon_has_the_matrices_and_steps_in_all_directions_alike(tmp_path):
