@@ -52,8 +52,9 @@ class Samples:
     """share of the training set in D_hard, Table 6"""
     select: Literal["hard", "random", "easy", "all"] = "hard"
     """which samples, Fig. 5"""
-    hard_scope: Literal["task", "global"] = "task"
-    """rank within each task and noise level, or all together"""
+    hard_scope: Literal["photo", "task", "global"] = "task"
+    """what is ranked by itself: the draws or tiles of each photograph (pairs as under task), each
+    task and noise level, or all together"""
     scores: tuple[str, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files"""

@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -114,9 +115,11 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
     """Indices of D_hard: of every task (and so of every σ) the `ratio` of `rows` with the lowest
     PSNR, at least one.
 
-    mode: "hard", "easy" (the highest), "random" or "all". scope: "global" ranks all tasks together,
-    which picks the tasks with low PSNR rather than the failures. Ties go by name. Raises DataError
-    unless 0 < ratio ≤ 1.
+    mode: "hard", "easy" (the highest), "random" or "all". scope: "photo" ranks the draws or tiles
+    of each photograph by themselves, so that D_hard has every photograph and not the most textured
+    ones alone (images that stand once under a task are ranked with it); "global" ranks all tasks
+    together, which picks the tasks with low PSNR rather than the failures. Ties go by name. Raises
+    DataError unless 0 < ratio ≤ 1.
     """
     if not 0 < ratio <= 1:
         raise DataError(f"the hard ratio is {ratio}; it must be above 0 and at most 1")
@@ -124,7 +127,9 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
         return list(range(len(rows)))
     groups = defaultdict(list)
     for i, row in enumerate(rows):
-        groups[row["task"] if scope == "task" else ""].append(i)
+        photo, *cut = re.split(r"(?=#\d+$|@[\d,-]+$)", row["name"])  # its draw or tile
+        of_photo = (row["task"], photo if cut else "")
+        groups[dict(photo=of_photo, task=row["task"]).get(scope)].append(i)
     chosen, rng, sign = [], np.random.default_rng(seed), -1 if mode == "easy" else 1
     for members in groups.values():
         members.sort(key=lambda i: (sign * rows[i]["psnr"], rows[i]["task"], rows[i]["name"]))

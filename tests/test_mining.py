@@ -68,6 +68,20 @@ def test_a_global_ranking_takes_the_dark_task_alone():
     assert names_of(mining.select(ROWS, 0.3, scope="global")) == [f"l{i}" for i in range(6)]
 
 
+def test_the_worst_of_every_photograph():
+    """Four draws and four tiles of three photographs, of which one is easier throughout."""
+    names = [f"{p}.png{cut}" for p in "abc" for cut in ("#1", "#2", "#3", "#4")]
+    rows = [row("derain", name, 40 - i) for i, name in enumerate(names)]
+    tiles = [name.replace("#", "@0,64-") + ",128" for name in names]
+    rows += [row("denoise15", name, 20 + i) for i, name in enumerate(tiles)]
+    chosen = [rows[i]["name"] for i in mining.select(rows, 0.3, scope="photo")]
+    draws, cut = chosen[:3], chosen[3:]
+    assert draws == ["a.png#4", "b.png#4", "c.png#4"]  # later draws are worse, later tiles better
+    assert cut == ["a.png@0,64-1,128", "b.png@0,64-1,128", "c.png@0,64-1,128"]
+    assert {rows[i]["name"][0] for i in mining.select(rows, 0.3)} == {"a", "c"}  # by task: not all
+    assert mining.select(ROWS, 0.3, scope="photo") == mining.select(ROWS, 0.3)  # pairs: by task
+
+
 def test_random_selection_follows_the_seed():
     a, b, c = (mining.select(ROWS, 0.3, "random", seed=s) for s in (1, 1, 2))
     assert a == b != c and len(a) == 6
