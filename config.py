@@ -22,17 +22,18 @@ DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 
 # What a preset decides where no flag does: (demo, paper).
 PRESETS = {
-    "draws": (4, 1),
+    "hard_scope": ("photo", "task"),
+    "draws": (3, 1),
     "crop": (128, 128),
     "steps": (120, 0),
     "epochs": (0, 30),
     "batch_size": (2, 1),
-    "lr": (3e-5, 3e-5),
-    "head_lr_factor": (70.0, 6.0),
+    "lr": (1e-5, 3e-5),
+    "head_lr_factor": (210.0, 6.0),
     "warm_up": (10, 0),
     "schedule": ("linear", "constant"),
     "ema": (0.97, 0.0),
-    "eval_every": (30, 5000),
+    "eval_every": (40, 5000),
     "save_every": (50, 500),
     "rewards": ("default", "paper"),
 }
@@ -52,15 +53,15 @@ class Samples:
     """share of the training set in D_hard, Table 6"""
     select: Literal["hard", "random", "easy", "all"] = "hard"
     """which samples, Fig. 5"""
-    hard_scope: Literal["photo", "task", "global"] = "task"
+    hard_scope: Literal["photo", "task", "global"] | None = None
     """what is ranked by itself: the draws or tiles of each photograph (pairs as under task), each
-    task and noise level, or all together"""
+    task and noise level, or all together (preset demo: photo, paper: task)"""
     scores: tuple[str, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files"""
     draws: int | None = None
     """draws of every degradation per photo, or tiles where draws rank alike, as of noise; pairs and
-    AdaIR's folders stay as they are (preset demo: 4, paper: 1)"""
+    AdaIR's folders stay as they are (preset demo: 3, paper: 1)"""
     crop: int | None = None
     """px, a multiple of 8 (both presets: 128, Table 6)"""
     workers: int | None = None
@@ -78,10 +79,10 @@ class Training:
     batch_size: int | None = None
     """images per update and process, each with a group of its own (preset demo: 2, paper: 1)"""
     lr: float | None = None
-    """Adam's rate for the backbone (both presets: 3e-5, Table 6)"""
+    """Adam's rate for the backbone (preset demo: 1e-5, paper: 3e-5, Table 6)"""
     head_lr_factor: float | None = None
-    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates (preset demo: 70, paper:
-    6)"""
+    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates (preset demo: 210,
+    paper: 6)"""
     warm_up: int | None = None
     """updates in which the rates rise from 0 (preset demo: 10, paper: 0)"""
     schedule: Literal["constant", "linear"] | None = None
@@ -96,7 +97,7 @@ class Training:
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
     eval_every: int | None = None
-    """steps between validations, which choose best.pt (preset demo: 30, paper: 5000)"""
+    """steps between validations, which choose best.pt (preset demo: 40, paper: 5000)"""
     save_every: int | None = None
     """steps between checkpoints, last.pt (preset demo: 50, paper: 500)"""
     keep_every: int = 0
