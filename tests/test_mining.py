@@ -80,6 +80,8 @@ def test_the_worst_of_every_photograph():
     assert cut == ["a.png@0,64-1,128", "b.png@0,64-1,128", "c.png@0,64-1,128"]
     assert {rows[i]["name"][0] for i in mining.select(rows, 0.3)} == {"a", "c"}  # by task: not all
     assert mining.select(ROWS, 0.3, scope="photo") == mining.select(ROWS, 0.3)  # pairs: by task
+    whole = [row("denoise15", f"{i}.png@0,0-9,9", 30 + i) for i in range(10)]  # not to be cut
+    assert mining.select(whole, 0.3, scope="photo") == [0, 1, 2]
 
 
 def test_random_selection_follows_the_seed():
