@@ -8,6 +8,7 @@ over workers without its data changing.
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import re
 import sys
@@ -488,11 +489,18 @@ def in_draws(samples, draws, smallest):
 
 
 def tiles(box, n, smallest):
-    """A box cut into n boxes in rows and columns, or into fewer."""
+    """A box cut into n boxes in rows and columns, or into fewer where they would have a side below
+    `smallest`: as many as fit, and of those the squarest."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
-    rows = max(1, min(round((n * height / width) ** 0.5), height // smallest))
-    columns = max(1, min(n // rows, width // smallest))
+
+    def merit(cut):
+        rows, columns = cut
+        return rows * columns, -abs(math.log(width / columns * rows / height))
+
+    most = max(1, height // smallest), max(1, width // smallest)
+    cuts = [(r, c) for r in range(1, most[0] + 1) for c in range(1, most[1] + 1) if r * c <= n]
+    rows, columns = max(cuts, key=merit)
     xs = [left + width * k // columns for k in range(columns + 1)]
     ys = [top + height * k // rows for k in range(rows + 1)]
     return [(x, y, x2, y2) for y, y2 in zip(ys, ys[1:]) for x, x2 in zip(xs, xs[1:])]

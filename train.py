@@ -261,6 +261,7 @@ def hard_samples(config, run, pretrained, samples):
         hard = mining.save_hard(path, digest, rows, chosen, samples)
         runs.same_everywhere("set of hard images", names_digest(hard))
     how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
+    how += f", scope {config.samples.hard_scope}"
     runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
     photos = any(s.box for s in hard)  # AdaIR's repeats are for its folders
     return adair_repeats(hard) if config.samples.select == "all" and not photos else hard

@@ -177,6 +177,9 @@ def test_a_photo_stands_under_several_draws_or_in_tiles(tmp_path):
     assert {s.box for s in noise} == boxes
     few = data.in_draws([s for s in photos if s.task == "denoise25"], 6, 200)
     assert [s.box for s in few] == [(0, 0, 384, 256)]  # a side of 192 would be too small
+    assert (
+        len(data.tiles((0, 0, 384, 256), 3, 128)) == len(data.tiles((0, 0, 256, 384), 3, 128)) == 3
+    )
     assert data.in_draws(photos, 1, 96) == photos
     pair = data.Sample("derain", "1", "gt.png", "rain.png")
     assert data.in_draws([pair], 6, 96) == [pair]
