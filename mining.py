@@ -127,12 +127,13 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
         return list(range(len(rows)))
     groups = defaultdict(list)
     for i, row in enumerate(rows):
-        photo, *cut = re.split(r"(?=#\d+$|@[\d,-]+$)", row["name"])  # its draw or tile
-        of_photo = row["task"], photo if cut else ""
-        groups[{"photo": of_photo, "task": row["task"], "global": ""}[scope]].append(i)
-    for group in [g for g, members in groups.items() if scope == "photo" and len(members) == 1]:
-        alone = groups.pop(group)  # nothing to rank it with
-        groups[group[0], ""] += alone
+        photo = re.sub(r"(#\d+|@[\d,-]+)$", "", row["name"])  # without its draw or tile
+        group = {"photo": (row["task"], photo), "task": row["task"], "global": ""}[scope]
+        groups[group].append(i)
+    if scope == "photo":  # what stands alone has nothing to be ranked with but its task
+        for task, photo in [group for group, members in groups.items() if len(members) == 1]:
+            alone = groups.pop((task, photo))
+            groups[task, ""] += alone
     chosen, rng, sign = [], np.random.default_rng(seed), -1 if mode == "easy" else 1
     for members in groups.values():
         members.sort(key=lambda i: (sign * rows[i]["psnr"], rows[i]["task"], rows[i]["name"]))

@@ -38,6 +38,7 @@ from model import (
     EMPTY_RATE,
     AdaIR,
     CheckpointError,
+    Encoding,
     load_pretrained,
     model_digest,
     read_checkpoint,
@@ -308,10 +309,9 @@ def make_model(config):
 
 def drop_skips(encoding, chance, rng):
     """An `Encoding` whose skip connections are 0, each of each image with this chance."""
-    kept = torch.from_numpy(rng.random((3, len(encoding.x), 1, 1, 1)) >= chance)
-    kept = kept.to(encoding.x)
-    skips = dict(zip(("skip1", "skip2", "skip3"), kept))
-    return encoding._replace(**{name: getattr(encoding, name) * k for name, k in skips.items()})
+    x, *skips, latent = encoding
+    kept = torch.from_numpy(rng.random((3, len(x), 1, 1, 1)) >= chance).to(x)
+    return Encoding(x, *(skip * k for skip, k in zip(skips, kept)), latent)
 
 
 def find_samples(config, stop):
@@ -404,8 +404,8 @@ def pretrain(config, stop):
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
                     optimizer.param_groups[0]["lr"] = lr * factor
                 kind = torch.device(config.device).type
+                rng = np.random.default_rng((config.seed, state.step, runs.rank(), 2))
                 with torch.autocast(kind, torch.bfloat16, enabled=config.amp == "bf16"):
-                    rng = np.random.default_rng((config.seed, state.step, runs.rank(), 2))
                     encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rng)
                     restored = net.decode(encoding)
                 loss = (restored - batch.gt).abs().mean()
