@@ -33,7 +33,7 @@ PRESETS = {
     "warm_up": (10, 0),
     "schedule": ("linear", "constant"),
     "ema": (0.97, 0.0),
-    "eval_every": (40, 5000),
+    "eval_every": (60, 5000),
     "save_every": (50, 500),
     "rewards": ("default", "paper"),
 }
@@ -97,7 +97,7 @@ class Training:
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
     eval_every: int | None = None
-    """steps between validations, which choose best.pt (preset demo: 40, paper: 5000)"""
+    """steps between validations, which choose best.pt (preset demo: 60, paper: 5000)"""
     save_every: int | None = None
     """steps between checkpoints, last.pt (preset demo: 50, paper: 500)"""
     keep_every: int = 0
