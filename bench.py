@@ -348,8 +348,7 @@ def time_step(config, model, rivals):
     flags += ["--batch-size", config.batch_size]
     flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
     flags = parse([str(flag) for flag in flags])
-    tiles = in_draws(list_training(None).train, 6, config.crop)
-    samples = tiles[::9]  # of little more than a crop each: mined in no time
+    samples = in_draws(list_training(None).train, 6, config.crop)[::9]  # of all tasks
     reward = Reward(parse_terms("default"), config.device)
     dtype = model.output.weight.dtype
     with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,8 @@ class Samples:
     listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
     """file that names the training images to use, one path under --data-root a line"""
     hard_ratio: float = 0.3
-    """share of the training set in D_hard, Table 6"""
+    """share of the training set in D_hard, Table 6; of what is ranked together at least one: of
+    three draws, one for any share below 0.5"""
     select: Literal["hard", "random", "easy", "all"] = "hard"
     """which samples, Fig. 5"""
     hard_scope: Literal["photo", "task", "global"] | None = None
@@ -88,8 +89,8 @@ class Training:
     schedule: Literal["constant", "linear"] | None = None
     """the rates after that; linear: falling to 0 (preset demo: linear, paper: constant)"""
     ema: float | None = None
-    """decay of the averaged weights, which are what is measured and kept; 0: the last ones (preset
-    demo: 0.97, paper: 0)"""
+    """decay of the averaged weights, which are what is measured and kept; of n updates at most
+    (1 + n) / (10 + n); 0: the last ones (preset demo: 0.97, paper: 0)"""
     freeze_backbone: bool = False
     """train the heads alone, without Eq. 1 and 2"""
     freeze_heads: bool = False
@@ -256,6 +257,9 @@ def load_config(folder):
             if dataclasses.is_dataclass(group.default_factory):
                 values = stored[group.name].items()
                 values = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
+                absent = {f.name for f in dataclasses.fields(group.default_factory)} - values.keys()
+                if absent:
+                    raise KeyError(", ".join(sorted(absent)))
                 stored[group.name] = group.default_factory(**values)
         return Config(**stored)
     except (KeyError, TypeError, AttributeError) as error:

@@ -469,6 +469,11 @@ def find_photos(folder, tasks=TASKS):
     return samples, problems
 
 
+def photo_of(name):
+    """The photograph's name in that of one of its draws or tiles."""
+    return re.sub(r"(#\d+|@[\d,-]+)$", "", name)
+
+
 def in_draws(samples, draws, smallest):
     """Photographs under several draws of their degradation. Where a draw changes nothing in how
     hard an image is, since it is drawn anew for every crop (noise), a photo is cut into as many
@@ -528,18 +533,20 @@ def list_kodak(tasks=TASKS):
 
 
 def set_aside(samples, most):
-    """Splits one task's samples into (train, val): the last `most` images, at most a fifth, at
-    least one; fewer where the cut would fall among files that differ in their last number alone,
-    since neighbours are often the same scene. What shares its truth with an image set aside is
-    trained on only where there is no other."""
-    n = min(most, max(len(samples) // 5, 1), max(len(samples) - 1, 0))
-    scenes = [re.sub(r"\d+(?=\D*$)", "", stem(s.gt)) for s in samples]
-    first = len(samples) - n
-    later = (i for i in range(first, len(samples)) if i and scenes[i] != scenes[i - 1])
+    """Splits one task's samples into (train, val): a sample of each of the last `most` truths, at
+    most a fifth of them, at least one; fewer where a scene begins among them, as names tell that
+    differ in more than their last number. What else shares a truth that is set aside (OTS has 35
+    hazes of each) is not trained on, unless there is no other truth."""
+    of_truth = defaultdict(list)
+    for sample in samples:
+        of_truth[sample.gt].append(sample)
+    groups = list(of_truth.values()) if len(of_truth) > 1 else [[s] for s in samples]
+    n = min(most, max(len(groups) // 5, 1), max(len(groups) - 1, 0))
+    scenes = [re.sub(r"\d+(?=\D*$)", "", stem(group[0].gt)) for group in groups]
+    first = len(groups) - n
+    later = (i for i in range(first, len(groups)) if i and scenes[i] != scenes[i - 1])
     cut = next(later, first)
-    truths = {s.gt for s in samples[cut:]}
-    others = [s for s in samples[:cut] if s.gt not in truths]
-    return others or samples[:cut], samples[cut:]
+    return sum(groups[:cut], []), [group[0] for group in groups[cut:]]
 
 
 class Split(NamedTuple):

@@ -6,9 +6,9 @@
 
 On crops that no head is trained on, per task and in PSNR and reward, gains over the model's own
 output: the best of 4, 16 and 64 sampled actions; each of the 12 controls swept alone; the best
-gates of every single image, by gradient ascent; and what heads learn when they are trained by
-backpropagation of the reward on other images, which sees more than any policy gradient does. The
-first ones know the truth of the image; only the last could be had in use.
+gates of every single image, by gradient ascent. On the whole images: what heads learn when they are
+trained by backpropagation of the reward on other images, which sees more than any policy gradient
+does. The first ones know the truth of the image; only the last could be had in use.
 """
 
 import math
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import torch
 from tqdm import tqdm
 
@@ -27,9 +28,9 @@ import report
 import rewards
 import runs
 from config import DEMO_MODEL
-from data import Crops, DataError, in_draws, list_training, split_usable, task_names
-from metrics import evaluation_pair, psnrs
-from model import CheckpointError, load_adair, load_pretrained, read_checkpoint
+from data import Crops, DataError, in_draws, list_training, load_pair, split_usable, task_names
+from metrics import multiple_of_16, psnr, psnrs
+from model import CheckpointError, load_adair, load_pretrained, read_checkpoint, restore
 from policy import (
     CONTROLS,
     GATE_MEAN,
@@ -44,7 +45,7 @@ from policy import (
 BEST_OF = (4, 16, 64)
 RATES = (0.05, 0.15, 0.4, 0.6, 0.8, 0.95)  # that a rate is swept over
 GATES = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # and a gate, as a factor
-ENOUGH = 4  # photographs for a verdict
+ENOUGH = 4  # photographs of every task for a verdict
 AT_ONCE = 16  # actions of one image that are decoded together
 
 
@@ -58,7 +59,10 @@ class Config:
     """AdaIR's data folder, or a folder of photos; without it, what a run was trained on, and for a
     checkpoint the demo's photographs"""
     images: int = 4
-    """images per task to measure on, of those set aside for validation; at least 2"""
+    """images per task to measure on, of those set aside for validation (six, of the demo four);
+    at least 2"""
+    draws: int = 3
+    """draws of every degradation per training photo, as for train.py"""
     crop: int = 128
     """px, of all images"""
     rewards: str | None = None
@@ -84,7 +88,7 @@ class Crop(NamedTuple):
 
     task: str
     photo: str  # the file of the truth
-    whole: torch.Tensor  # the degraded image (3, H, W) that it is cut from
+    whole: tuple  # the degraded image and its truth (3, H, W) that it is cut from
     gt: torch.Tensor  # (1, 3, S, S)
     encoding: tuple
     psnr: float  # of the deterministic output
@@ -93,7 +97,7 @@ class Crop(NamedTuple):
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    counts = dict.fromkeys(("ascent", "learning"), "[1, inf)")
+    counts = dict.fromkeys(("draws", "ascent", "learning"), "[1, inf)")
     runs.check_ranges(
         config, **counts, images="[2, inf)", concentration="(2, 3000]", seed="[0, inf)"
     )
@@ -193,6 +197,17 @@ def with_graph(policy):
     return controller
 
 
+def whole_gain(model, reward, crop, trained, policy):
+    """What a trained policy gains on the whole image that a crop is of: there it would be used."""
+    degraded, gt = crop.whole
+    images = restore(model, degraded), restore(trained, degraded, controller=policy.mean())
+    in_psnr, in_reward = (
+        [value(image) for image in images]
+        for value in (lambda y: psnr(y, gt), lambda y: reward.of_image(y, gt, crop.task))
+    )
+    return in_psnr[1] - in_psnr[0], in_reward[1] - in_reward[0]
+
+
 def learn(model, reward, policy, crops, config):
     """Trains heads by backpropagation of the reward through the deterministic output, on training
     crops, one of every task a step."""
@@ -255,9 +270,8 @@ def crops_to_measure(model, reward, samples, config):
         seen[sample.task] = seen.get(sample.task, 0) + 1
         if seen[sample.task] > config.images:
             continue
-        degraded, gt = evaluation_pair(sample)
-        if min(gt.shape[1:]) < config.crop:
-            raise DataError(f"{sample.gt} is smaller than --crop {config.crop}")
+        degraded, gt = load_pair(sample)
+        whole = multiple_of_16(degraded), multiple_of_16(gt)
         top, left = ((side - config.crop) // 2 for side in gt.shape[1:])
         window = (slice(None), slice(top, top + config.crop), slice(left, left + config.crop))
         x, gt = (image[window][None].to(config.device) for image in (degraded, gt))
@@ -265,12 +279,12 @@ def crops_to_measure(model, reward, samples, config):
             encoding = model.encode(x)
             restored = model.decode(encoding, controls_of(start_of(model).to(x.device)[None]))
             value = reward.differentiable(restored, gt, [sample.task]).item()
-        images = degraded, gt, encoding, psnrs(restored, gt).item(), value
-        crops.append(Crop(sample.task, sample.gt, *images))
-    few = [task for task, n in seen.items() if n < 2]
-    if few:
+        values = psnrs(restored, gt).item(), value
+        crops.append(Crop(sample.task, sample.gt, whole, gt, encoding, *values))
+    few = [task for task in seen if len({c.photo for c in crops if c.task == task}) < 2]
+    if few or not crops:
         hint = "two are needed: a larger --data-root has more"
-        raise DataError(f"there is one validation image for {', '.join(few)}; {hint}")
+        raise DataError(f"there is one validation image for {', '.join(few) or 'no task'}; {hint}")
     return crops
 
 
@@ -285,7 +299,9 @@ def minutes(model, reward, crop, config, n_crops, n_tasks):
     of_step = (time.perf_counter() - begin) / 2
     per_crop = 2 * max(BEST_OF) / AT_ONCE + 12 * len(RATES) / AT_ONCE
     total = n_crops * (per_crop * of_batch + 2 * config.ascent * of_step)
-    return (total + 1.5 * config.learning * n_tasks * of_step) / 60
+    height, width = crop.whole[0].shape[1:]
+    of_whole = 2 * of_batch / AT_ONCE * height * width / config.crop**2
+    return (total + 1.5 * config.learning * n_tasks * of_step + 2 * n_crops * of_whole) / 60
 
 
 def measure(config):
@@ -298,9 +314,11 @@ def measure(config):
     if config.crop < side:
         raise runs.RunError(f"--crop is {config.crop}; these rewards need {side} px")
     reward = rewards.Reward(weights, config.device, config.weights_dir)
-    train, problems = split_usable(in_draws(split.train, 4, config.crop), config.crop)
-    runs.say_skipped(problems)
-    crops = crops_to_measure(model, reward, split.val, config)
+    train = in_draws(split.train, config.draws, config.crop)
+    train, problems = split_usable(train, config.crop, decode=False)  # few of them will be read
+    val, more = split_usable(split.val, max(16, config.crop))
+    runs.say_skipped(problems + more)
+    crops = crops_to_measure(model, reward, val, config)
     tasks = [crop.task for crop in crops]
     guess = minutes(model, reward, crops[0], config, len(crops), len(set(tasks)))
     runs.say(f"{len(crops)} crops of {config.crop} px: about {math.ceil(guess)} minutes")
@@ -310,7 +328,8 @@ def measure(config):
     rows = []
     for crop in tqdm(crops, desc="measuring"):
         row = best_of_sampled(model, reward, policy, crop, generator) | swept(model, reward, crop)
-        known = (max(gains) for gains in zip(*row.values()))  # of what was tried before
+        of_gates = [row[name] for name in row if name.endswith(("g_f", "g_o"))]
+        known = (max(gains) for gains in zip(*of_gates))  # of what was tried before
         rows.append(row | gate_oracle(model, reward, crop, config.ascent, known))
 
     training = Crops([s for s in train if s.task in tasks], config.crop, config.seed)
@@ -323,13 +342,11 @@ def measure(config):
     learned = {"learnable": (model, policy)} | ({"this run": run} if run else {})
     for name, (net, heads) in learned.items():
         net, heads = net.to(config.device), heads.to(config.device)
-        for crop, row in zip(crops, rows):
-            with torch.no_grad():
-                found = gains(reward, crop, net(crop.encoding.x, heads.mean()))
-            row[name] = tuple(gain.item() for gain in found)
+        for crop, row in zip(tqdm(crops, desc=name, leave=False), rows):
+            row[name] = whole_gain(model, reward, crop, net, heads)
     found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x[0] for crop in crops)))
-    on_whole = policy.clipped(states_on(model, policy, (crop.whole for crop in crops)))
+    on_whole = policy.clipped(states_on(model, policy, (crop.whole[0] for crop in crops)))
     clipped = f"Of the states {on_crops:.1%} on these crops and {on_whole:.1%} on the whole images"
     photos = [crop.photo for crop in crops]
     return tasks, photos, found, f"{clipped} lie beyond the deviations that heads see."
@@ -340,19 +357,25 @@ def measure(config):
 CONTROL_COLUMNS = [f"{level}.{name}" for level in (1, 2, 3) for name in CONTROLS]
 
 
+def fewest(tasks, photos):
+    """How many photographs the task with the fewest has."""
+    return min(len({p for t, p in zip(tasks, photos) if t == task}) for task in set(tasks))
+
+
 def average(values, tasks, photos, k):
     """The mean over tasks, and its standard error over photographs, of column k (0 dB, 1 reward):
-    a photograph stands under several tasks, so that its crops are no independent ones."""
+    a photograph may stand under several tasks, so that its crops are no independent ones."""
     names, tasks, photos = list(dict.fromkeys(tasks)), np.array(tasks), np.array(photos)
     means = {task: values[tasks == task, k].mean() for task in names}
     # each photograph's share in how far the mean over tasks is off
     off = np.zeros(len(values))
     for task, mean in means.items():
         mine = tasks == task
-        off[mine] = (values[mine, k] - mean) / mine.sum() / len(names)
+        n = len(set(photos[mine]))
+        small_sample = math.sqrt(n / (n - 1))  # the mean is that of these few
+        off[mine] = small_sample * (values[mine, k] - mean) / mine.sum() / len(names)
     shares = np.array([off[photos == photo].sum() for photo in dict.fromkeys(photos)])
-    n = len(shares)
-    return np.mean(list(means.values())), math.sqrt(n / (n - 1) * (shares**2).sum())
+    return np.mean(list(means.values())), math.sqrt((shares**2).sum())
 
 
 def table(tasks, photos, found, columns, k, unit):
@@ -378,9 +401,10 @@ def conclusion(tasks, photos, found):
     (learned_psnr, _), (learned, error) = of_heads
     pays = f"heads that see the states alone learned {1e4 * learned:+.1f} ± {1e4 * error:.1f}e-4"
     pays += f" ({learned_psnr:+.3f} dB) of it on other images"
-    if len(set(photos)) < ENOUGH:
-        pays += f": too few photographs ({len(set(photos))}) to say whether RL of the heads can pay"
-    elif learned > 2 * error:
+    n = fewest(tasks, photos)
+    if n < ENOUGH:
+        pays += f": too few photographs ({n} of a task) to say whether RL of the heads can pay"
+    elif learned > scipy.stats.t.ppf(0.975, n - 1) * error:
         pays += ": RL of the heads can pay"
     else:
         pays += ": RL of the heads will hardly pay here"
@@ -437,7 +461,7 @@ def run_program(argv):
     report_text = f"# Headroom of {config.ckpt}\n\n{text}\n\n{details}\n\n![](headroom.png)\n"
     runs.write_atomic(folder / "headroom.md", report_text.encode())
     rows = {name: gains.tolist() for name, gains in found.items()}
-    runs.save_json(folder / "headroom.json", dict(tasks=tasks, gains=rows))
+    runs.save_json(folder / "headroom.json", dict(tasks=tasks, photos=photos, gains=rows))
     plot(folder / "headroom.png", tasks, found, columns)
     runs.say(f"{text}\n\n{details}; in {folder}: headroom.md, headroom.json, headroom.png")
 

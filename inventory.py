@@ -146,7 +146,8 @@ def inventory(root, tasks=(), crop=128, decode=True):
             what = "image to measure on" if train else f"training image of {crop} px"
             raise DataError(f"no {what} is left")
         numbers = f"{len(train)} samples and set {len(val)} aside"
-        text += f"\n\ntrain.py would train on {numbers} (a clean image is one for each σ)"
+        note = "a clean image is one for each σ; --draws multiplies photos"
+        text += f"\n\ntrain.py would train on {numbers} ({note})"
     except DataError as error:
         failures.append(f"train.py would fail: {error}")
     text += "\n\nnot there:\n" + "\n".join(missing) if missing else ""

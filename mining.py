@@ -3,13 +3,12 @@
 
 import hashlib
 import os
-import re
 from collections import defaultdict
 
 import numpy as np
 import torch
 
-from data import DataError, image_size, load_pair, problem_of, side_problem
+from data import DataError, image_size, load_pair, photo_of, problem_of, side_problem
 from metrics import psnr
 from runs import RunError, load_json, parallel_map, save_json, say
 
@@ -113,7 +112,7 @@ def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
 
 def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
     """Indices of D_hard: of every task (and so of every σ) the `ratio` of `rows` with the lowest
-    PSNR, at least one.
+    PSNR, at least one of those that are ranked together.
 
     mode: "hard", "easy" (the highest), "random" or "all". scope: "photo" ranks the draws or tiles
     of each photograph by themselves, so that D_hard has every photograph and not the most textured
@@ -127,8 +126,8 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
         return list(range(len(rows)))
     groups = defaultdict(list)
     for i, row in enumerate(rows):
-        photo = re.sub(r"(#\d+|@[\d,-]+)$", "", row["name"])  # without its draw or tile
-        group = {"photo": (row["task"], photo), "task": row["task"], "global": ""}[scope]
+        photo = row["task"], photo_of(row["name"])
+        group = {"photo": photo, "task": row["task"], "global": ""}[scope]
         groups[group].append(i)
     if scope == "photo":  # what stands alone has nothing to be ranked with but its task
         for task, photo in [group for group, members in groups.items() if len(members) == 1]:

@@ -74,7 +74,7 @@ class Config:
     """text file that names the images to validate on, one a line; without it, the last of every
     task"""
     init: str | None = None
-    """AdaIR to start from; without it, from scratch"""
+    """AdaIR to start from; without it, from scratch. Its para2 stays as it is"""
     out: str = "runs/pretrain"
     """run folder, created or continued"""
     dim: int | None = None
@@ -100,7 +100,7 @@ class Config:
     muon_lr: float = 1e-2
     """Muon's rate, for 1×1 convolutions"""
     ema: float = 0.999
-    """decay of the averaged weights"""
+    """decay of the averaged weights; of n updates at most (1 + n) / (10 + n)"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
     drop_skip: float = 0.3
@@ -307,10 +307,12 @@ def make_model(config):
     return AdaIR(*sizes, mask_rule=config.mask_rule, rates=(rate, rate))
 
 
-def drop_skips(encoding, chance, rng):
-    """An `Encoding` whose skip connections are 0, each of each image with this chance."""
+def drop_skips(encoding, chance, rngs):
+    """An `Encoding` whose skip connections are 0, each of each image with this chance; rngs: a
+    generator for every image."""
     x, *skips, latent = encoding
-    kept = torch.from_numpy(rng.random((3, len(x), 1, 1, 1)) >= chance).to(x)
+    kept = torch.tensor(np.array([rng.random(3) >= chance for rng in rngs])).to(x)  # (B, 3)
+    kept = kept.T[..., None, None, None]
     return Encoding(x, *(skip * k for skip, k in zip(skips, kept)), latent)
 
 
@@ -404,9 +406,9 @@ def pretrain(config, stop):
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
                     optimizer.param_groups[0]["lr"] = lr * factor
                 kind = torch.device(config.device).type
-                rng = np.random.default_rng((config.seed, state.step, runs.rank(), 2))
+                rngs = [np.random.default_rng((config.seed, n, 2)) for n in batch.numbers]
                 with torch.autocast(kind, torch.bfloat16, enabled=config.amp == "bf16"):
-                    encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rng)
+                    encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
                     restored = net.decode(encoding)
                 loss = (restored - batch.gt).abs().mean()
                 net.zero_grad()

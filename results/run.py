@@ -34,12 +34,13 @@ MAIN = {
     "irpo-no-cons": "--lambda-cons 0 0",
     "irpo-difficulty": "--weighting difficulty",
 }
-DATA = {  # Figure 5
-    "random-30": "--select random",
-    "easy-30": "--select easy",
+DATA = {  # Figure 5: of every task, as the paper has it
+    "hard-30": "--hard-scope task",
+    "random-30": "--hard-scope task --select random",
+    "easy-30": "--hard-scope task --select easy",
     "all-data": "--select all",
-    "hard-10": "--hard-ratio 0.1",
-    "hard-50": "--hard-ratio 0.5",
+    "hard-10": "--hard-scope task --hard-ratio 0.1",
+    "hard-50": "--hard-scope task --hard-ratio 0.5",
 }
 ARMS = MAIN | DATA
 

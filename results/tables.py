@@ -4,7 +4,8 @@
 
 A folder holds ARM/SEED/report.json, as results/run.py leaves them. Intervals are Student's, with a
 standard error from a bootstrap over photographs and seeds as clusters: both are drawn anew with
-replacement, and with a photograph all its draws and tasks.
+replacement, and with a photograph all its draws and tasks. A photograph weighs the same however
+many of its draws are hard (in a run's own report.md every image does).
 """
 
 import json
@@ -16,6 +17,7 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
+from data import photo_of
 
 RESAMPLES = 10_000
 # Which arms answer a question together: the second is the control of the first.
@@ -29,9 +31,10 @@ PAIRS = (
     ("reward-sft", "sft"),
     ("irpo", "irpo-no-cons"),
     ("irpo-difficulty", "irpo"),
-    ("irpo", "random-30"),
-    ("irpo", "easy-30"),
-    ("irpo", "all-data"),
+    ("irpo", "hard-30"),
+    ("hard-30", "random-30"),
+    ("hard-30", "easy-30"),
+    ("hard-30", "all-data"),
 )
 
 
@@ -50,6 +53,18 @@ def pretrained(arms):
     return {task: report.mean(rows, "psnr") for task, rows in report.by_task(first[2]).items()}
 
 
+def check_settings(folder):
+    """Exits unless the runs of an arm had the same settings, but for the seed."""
+    first = None
+    for path in sorted(folder.glob("*/config.json")):
+        stored = json.loads(path.read_text())
+        stored["samples"].pop("scores")
+        settings = {k: v for k, v in stored.items() if k not in ("seed", "out", "command")}
+        first = first or (path, settings)
+        if settings != first[1]:
+            sys.exit(f"results/tables.py: {path} has other settings than {first[0]}")
+
+
 def gains(folder, key, only=None):
     """Gains of one arm: an array (seeds, photographs, tasks), draws averaged, NaN where `only`
     leaves nothing; and the names of seeds, photographs and tasks. key: "psnr", "ssim" or "reward";
@@ -60,8 +75,8 @@ def gains(folder, key, only=None):
         stored = json.loads((folder / seed / "report.json").read_text())
         for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
             if only is None or (i in stored["hard"]) == (only == "hard"):
-                photo = old["name"].split("#")[0]
-                cells.setdefault((seed, photo, old["task"]), []).append(new[key] - old[key])
+                cell = seed, photo_of(old["name"]), old["task"]
+                cells.setdefault(cell, []).append(new[key] - old[key])
     photos = sorted({photo for _, photo, _ in cells})
     tasks = list(dict.fromkeys(task for *_, task in cells))
     shape = len(seeds), len(photos), len(tasks)
@@ -83,10 +98,15 @@ def interval(values, seed=0):
     n_seeds, n_photos, _ = values.shape
     if n_photos < 2:
         sys.exit("results/tables.py: one photograph has no interval; hold out more")
-    found = []
-    for _ in range(RESAMPLES):
-        chosen = rng.integers(n_seeds, size=n_seeds), rng.integers(n_photos, size=n_photos)
-        found.append(mean_of_tasks(values[np.ix_(*chosen)]))
+    # how often each seed and each photograph is drawn
+    seeds, photos = (rng.multinomial(n, np.ones(n) / n, RESAMPLES) for n in (n_seeds, n_photos))
+    there = np.isfinite(values)
+    total, count = (
+        np.einsum("rs,spt,rp->rt", seeds, of_each, photos, optimize=True)
+        for of_each in (np.where(there, values, 0), there.astype(float))
+    )
+    with np.errstate(invalid="ignore"):
+        found = np.nanmean(total / count, axis=1)
     error = np.std(found) * np.sqrt(n_photos / (n_photos - 1))
     half = scipy.stats.t.ppf(0.975, n_photos - 1) * error
     mean = mean_of_tasks(values)
@@ -123,6 +143,24 @@ def overall(arms):
     return report.markdown(head, rows)
 
 
+def on_validation(arms):
+    """The gains at the last validation, which is what settings are chosen on: their mean over
+    seeds, and the lowest and highest seed."""
+    rows = []
+    for arm, folder in arms.items():
+        paths = folder.glob("*/report.json")
+        histories = [json.loads(path.read_text())["validation"] for path in paths]
+        last = [report.gains_since_start(history)[-1] for history in histories]
+        row = [arm]
+        for key, scale, digits in (("psnr", 1, 3), ("reward", 1e4, 1)):
+            found = [scale * gains[key]["mean"] for gains in last]
+            three = np.mean(found), min(found), max(found)
+            mean, low, high = (f"{value:+.{digits}f}" for value in three)
+            row.append(f"{mean} ({low} to {high})")
+        rows.append(row)
+    return report.markdown(["on the validation images", "PSNR, dB", "reward, 1e-4"], rows)
+
+
 def difference(arms, one, other):
     """How much more one arm gains than another on the same seeds."""
     lines = []
@@ -142,7 +180,9 @@ def main():
     if not done:
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
     arms = {path.name: path for path in done}
-    print(per_task(arms), overall(arms), "", sep="\n\n")
+    for path in done:
+        check_settings(path)
+    print(per_task(arms), overall(arms), on_validation(arms), "", sep="\n\n")
     for one, other in PAIRS:
         if {one, other} <= arms.keys():
             print(difference(arms, one, other))

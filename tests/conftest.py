@@ -2,8 +2,11 @@
 failure."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of every worker and what it starts: they run side by side
 
 import numpy as np
 import pytest

@@ -471,7 +471,10 @@ def test_the_hazes_of_one_truth_are_not_trained_on_and_measured_on():
         data.Sample("dehaze", f"{i}_{k}", f"{i:04}.jpg", "x") for i in range(5) for k in "abcd"
     ]
     rest, held_out = data.set_aside(hazes, 3)
-    assert [s.name for s in held_out] == ["4_b", "4_c", "4_d"]
-    assert [s.gt for s in rest] == [s.gt for s in hazes[:16]]
+    assert [s.name for s in held_out] == ["4_a"] and rest == hazes[:16]
+    many = [s._replace(gt=f"{n}/{s.gt}") for n in range(3) for s in hazes]
+    rest, held_out = data.set_aside(many, 3)
+    assert [s.gt for s in held_out] == ["2/0002.jpg", "2/0003.jpg", "2/0004.jpg"]
+    assert rest == many[:48]
     of_one_truth = data.set_aside(hazes[:4], 1)  # nothing else is there
     assert [len(part) for part in of_one_truth] == [3, 1]

@@ -59,7 +59,20 @@ def test_the_error_is_over_photographs():
     found = headroom.average(twice, ["rain"] * 4 + ["haze"] * 4, list("abcdabcd"), 0)
     assert found == pytest.approx((0.45, expected))
     other = headroom.average(twice, ["rain"] * 4 + ["haze"] * 4, list("abcdefgh"), 0)
-    assert other[1] < 0.8 * expected
+    assert other == pytest.approx((0.45, expected / 2**0.5))
+
+
+def test_the_verdict_is_students():
+    """Four photographs: 0.1 ± 0.04 is 2.5 errors, where Student wants 3.18."""
+    gains = {"best gates": np.ones((4, 2)), "learnable": np.ones((4, 2))}
+    for spread, verdict in ((0.08, "hardly pay"), (0.06, "can pay")):
+        values = 0.1 + spread * np.array([-1, 1, -1, 1]) * np.sqrt(3 / 4)  # error: spread / 2
+        gains["learnable"] = np.stack([values, values], axis=1)
+        assert verdict in headroom.conclusion(["rain"] * 4, list("abcd"), gains)
+    said = headroom.conclusion(
+        ["rain"] * 4 + ["haze"] * 2, list("abcdef"), {name: np.ones((6, 2)) for name in gains}
+    )
+    assert "too few photographs (2 of a task)" in said
 
 
 def test_backpropagation_moves_the_gates_uphill(scene, tmp_path):

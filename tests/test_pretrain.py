@@ -60,14 +60,17 @@ def test_a_real_pair_is_shown_in_one_look(tmp_path):
 
 def test_skips_are_dropped_one_by_one_and_nothing_else_is():
     whole = Encoding(*(torch.ones(2000, 1, 1, 1) for _ in range(5)))
-    kept = pretrain.drop_skips(whole, 0.3, np.random.default_rng(0))
+    rngs = [np.random.default_rng(n) for n in range(2000)]
+    kept = pretrain.drop_skips(whole, 0.3, rngs)
     assert torch.equal(kept.x, whole.x) and torch.equal(kept.latent, whole.latent)
     skips = torch.stack([kept.skip1, kept.skip2, kept.skip3]).flatten(1)  # (3, 2000)
     assert set(skips.unique().tolist()) == {0, 1}
     assert skips.mean(dim=1).tolist() == pytest.approx([0.7] * 3, abs=0.04)  # 4 deviations
     assert torch.corrcoef(skips).triu(1).abs().max() < 0.09  # each by itself
-    everything = pretrain.drop_skips(whole, 0.0, np.random.default_rng(0))
+    everything = pretrain.drop_skips(whole, 0.0, rngs)
     assert all(map(torch.equal, everything, whole))
+    again = pretrain.drop_skips(Encoding(*(t[:1] for t in whole)), 0.3, [np.random.default_rng(0)])
+    assert all(torch.equal(a, k[:1]) for a, k in zip(again, kept))  # whatever else is in the batch
 
 
 def test_muon_has_the_matrices_and_steps_in_all_directions_alike(tmp_path):
@@ -143,6 +146,20 @@ def test_pretraining_that_was_ended_reaches_the_same_weights(
     assert load_adair(tmp_path / "whole/model.pt").config["rates"] == [0.25, 0.25]
     rows = [without_times(logged(tmp_path / name)) for name in ("whole", "ended")]
     assert rows[0] == rows[1] and [r["crop"] for r in rows[0]] == ([16] * 10 + [32] * 10 + [16] * 8)
+
+
+def test_the_first_loss_without_skips_is_that_of_the_latent_alone(pretraining, tmp_path, init):
+    """--drop-skip 1: what the model of --init returns when its three skips are 0."""
+    flags = pretraining("p", "--init", init, "--steps", 1, "--drop-skip", 1, "--batch-size", 1)
+    pretrain.main(flags)
+    (row,), config = logged(tmp_path / "p"), pretrain.Config(data_root=flags[1], crop=(16, 32))
+    net, (samples, _) = load_adair(init), pretrain.find_samples(config, None)
+    crops = pretrain.VariedCrops(samples, 32, 0, config.cycle, config.real)
+    crops.crop = 16
+    batch = crops.collate([crops[0]])
+    x, *skips, latent = net.encode(batch.degraded)
+    without = net.decode(Encoding(x, *(torch.zeros_like(skip) for skip in skips), latent))
+    assert row["loss/total"] == pytest.approx((without - batch.gt).abs().mean().item(), rel=1e-5)
 
 
 def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_path, capsys):

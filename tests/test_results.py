@@ -27,8 +27,11 @@ def write_report(folder, gain, hard=(0,)):
                 before.append(row)
                 change = gain(photo, task, draw)
                 after.append(row | dict(psnr=20 + change, reward=0.4 + change / 100))
+    of_tasks = [dict(rain=20 + k, haze=20 + 2 * k) for k in (0, 1)]  # at the start, at the end
+    validation = [dict(step=k, psnr=of, reward=of) for k, of in enumerate(of_tasks)]
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps(dict(before=before, after=after, hard=hard)))
+    stored = dict(before=before, after=after, hard=hard, validation=validation)
+    (folder / "report.json").write_text(json.dumps(stored))
 
 
 def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
@@ -81,6 +84,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
         [sys.executable, ROOT / "results/tables.py", tmp_path], capture_output=True, text=True
     )
     assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
+    assert "+1.500 (+1.500 to +1.500)" in done.stdout  # of the validations
 
 
 @pytest.mark.parametrize("old, new", [("c.png", "d.png"), ('"psnr": 20.0', '"psnr": 20.1')])
@@ -93,6 +97,18 @@ def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(SystemExit, match="b/0/report.json began with another model, or was measur"):
         tables.pretrained(arms)
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path):
+    for seed, steps in ((0, 120), (1, 120), (2, 60)):
+        samples, path = dict(scores=[seed]), tmp_path / f"a/{seed}/config.json"
+        path.parent.mkdir(parents=True)
+        config = dict(seed=seed, out=str(path), command=f"--seed {seed}", samples=samples)
+        path.write_text(json.dumps(config | dict(training=dict(steps=steps))))
+        if seed == 1:
+            tables.check_settings(tmp_path / "a")
+    with pytest.raises(SystemExit, match="a/2/config.json has other settings than .*a/0/config"):
+        tables.check_settings(tmp_path / "a")
 
 
 def test_what_has_no_interval_is_said(tmp_path):

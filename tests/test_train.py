@@ -414,6 +414,10 @@ def test_resume_wants_a_run_folder_and_nothing_else(small, tmp_path, capsys):
     assert "keeps its settings" in said
     again = parse(["--resume", str(tmp_path), "--max-minutes", "3"])
     assert again.training.max_minutes == 3 and again.training.lr == config.training.lr
+    early = dataclasses.asdict(config)
+    del early["samples"]["draws"]
+    runs.save_json(tmp_path / "config.json", early)
+    assert "version ('draws')" in fails(capsys, train.main, ["--resume", tmp_path])
     (tmp_path / "config.json").write_text('{"steps": 3}')
     assert "is not of this version" in fails(capsys, train.main, ["--resume", tmp_path])
 
