@@ -39,10 +39,17 @@ DATA = {  # Figure 5: of every task, as the paper has it
     "random-30": "--hard-scope task --select random",
     "easy-30": "--hard-scope task --select easy",
     "all-data": "--select all",
+    "rl-all": "--freeze-backbone --select all",
+    "rl-all-shuffled": "--freeze-backbone --select all --shuffle-advantages",
     "hard-10": "--hard-scope task --hard-ratio 0.1",
     "hard-50": "--hard-scope task --hard-ratio 0.5",
 }
-ARMS = MAIN | DATA
+JUDGE = "--judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen --freeze-backbone"
+JUDGED = {  # by exposure_judge.py alone, which has to be running
+    "judged": JUDGE,
+    "judged-shuffled": f"{JUDGE} --shuffle-advantages",
+}
+ARMS = MAIN | DATA | JUDGED
 
 
 @dataclass
@@ -92,10 +99,11 @@ def main():
     if unknown:
         sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {', '.join(ARMS)}")
     pairs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    done = [run(config, *pairs[0], None)]  # alone: the others take its scores over
-    threads = 1 if config.jobs > 1 else None
+    done, threads = [], 1 if config.jobs > 1 else None
+    if not list(config.out.glob("*/*/hard.json")):  # alone: the others take its scores over
+        done.append(run(config, *pairs.pop(0), None))
     with ThreadPoolExecutor(config.jobs) as pool:
-        done += pool.map(lambda pair: run(config, *pair, threads), pairs[1:])
+        done += pool.map(lambda pair: run(config, *pair, threads), pairs)
     sys.exit(0 if all(done) else 1)
 
 

@@ -27,6 +27,7 @@ PAIRS = (
     ("best-of-g", "random-rollout"),
     ("irpo", "irpo-shuffled"),
     ("rl", "rl-shuffled"),
+    ("rl-all", "rl-all-shuffled"),
     ("reward", "sft"),
     ("reward-sft", "sft"),
     ("irpo", "irpo-no-cons"),
