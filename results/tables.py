@@ -1,6 +1,6 @@
 """Tables from run folders, with 95 % intervals.
 
-    python results/tables.py [runs/results]
+    python results/tables.py [runs/results]       also leaves gains.csv there
 
 A folder holds ARM/SEED/report.json, as results/run.py leaves them. Intervals are Student's, with a
 standard error from a bootstrap over photographs and seeds as clusters: both are drawn anew with
@@ -83,6 +83,20 @@ def gains(folder, key, only=None):
     shape = len(seeds), len(photos), len(tasks)
     values = [np.mean(cells.get((s, p, t), np.nan)) for s in seeds for p in photos for t in tasks]
     return np.array(values).reshape(shape), (seeds, photos, tasks)
+
+
+def write_csv(path, arms):
+    """A row for every arm, seed, task and image: the PSNR before, and the three gains."""
+    head = "arm seed task image psnr_before psnr ssim reward hard".split()
+    rows = []
+    for arm, folder in arms.items():
+        for of_seed in sorted(folder.glob("*/report.json")):
+            stored = json.loads(of_seed.read_text())
+            for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
+                found = (new[key] - old[key] for key in ("psnr", "ssim", "reward"))
+                row = [arm, of_seed.parent.name, old["task"], old["name"], old["psnr"], *found]
+                rows.append([*row, int(i in stored["hard"])])
+    path.write_text(report.to_csv(head, rows))
 
 
 def mean_of_tasks(values):
@@ -183,6 +197,7 @@ def main():
     arms = {path.name: path for path in done}
     for path in done:
         check_settings(path)
+    write_csv(folder / "gains.csv", arms)
     print(per_task(arms), overall(arms), on_validation(arms), "", sep="\n\n")
     for one, other in PAIRS:
         if {one, other} <= arms.keys():

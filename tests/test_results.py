@@ -85,6 +85,9 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     )
     assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
     assert "+1.500 (+1.500 to +1.500)" in done.stdout  # of the validations
+    rows = (tmp_path / "gains.csv").read_text().splitlines()
+    assert len(rows) == 1 + 5 * 12  # five runs of 12 images
+    assert rows[1] == "a,0,rain,a.png,20.000000,0.500000,0.000000,0.005000,1"
 
 
 @pytest.mark.parametrize("old, new", [("c.png", "d.png"), ('"psnr": 20.0', '"psnr": 20.1')])
