@@ -101,8 +101,8 @@ def check_file(flag, path):
 
 def keep_freed_memory():
     """Has glibc keep what is freed. It would give every block over 32 MB back to the kernel, which
-    clears each page of the next one: a forward on the CPU takes half as long again. Another C
-    library is left as it is."""
+    clears each page of the next one: a forward of 384×256 px then takes 1.8 times as long. Another
+    C library is left as it is."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
