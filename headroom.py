@@ -335,9 +335,9 @@ def measure(config):
     training = Crops([s for s in train if s.task in tasks], config.crop, config.seed)
     if not training.samples:
         raise DataError("none of the training images can be used")
-    numbers = sum(training.of_each_task(USUAL).values(), [])
-    degraded = (training[n][0] for n in numbers)
-    policy.fit(states_on(model, policy, degraded))
+    numbers = training.of_each_task(USUAL).values()
+    usual = (training.collate([training[n] for n in of_task]).degraded for of_task in numbers)
+    policy.fit(states_on(model, policy, usual))
     learn(model, reward, policy, training, config)
     learned = {"learnable": (model, policy)} | ({"this run": run} if run else {})
     for name, (net, heads) in learned.items():
@@ -345,8 +345,8 @@ def measure(config):
         for crop, row in zip(tqdm(crops, desc=name, leave=False), rows):
             row[name] = whole_gain(model, reward, crop, net, heads)
     found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x[0] for crop in crops)))
-    on_whole = policy.clipped(states_on(model, policy, (crop.whole[0] for crop in crops)))
+    on_crops = policy.clipped(states_on(model, policy, (crop.encoding.x for crop in crops)))
+    on_whole = policy.clipped(states_on(model, policy, (crop.whole[0][None] for crop in crops)))
     clipped = f"Of the states {on_crops:.1%} on these crops and {on_whole:.1%} on the whole images"
     photos = [crop.photo for crop in crops]
     return tasks, photos, found, f"{clipped} lie beyond the deviations that heads see."

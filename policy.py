@@ -245,12 +245,12 @@ def observe(f, y):
 
 
 @torch.no_grad()
-def states_on(model, policy, images):
-    """What the heads see of images (3, H, W), sides multiples of 8, each by itself: three pairs of
-    states (N, …)."""
+def states_on(model, policy, batches):
+    """What the heads see of batches of images (B, 3, H, W), sides multiples of 8: three pairs of
+    states (N, …) for all N images."""
     controller, weight, seen = policy.mean(), model.output.weight, []
-    for image in images:
-        model(image[None].to(weight.device, weight.dtype), controller)
+    for batch in batches:
+        model(batch.to(weight.device, weight.dtype), controller)
         seen.append(controller.states)
     return [tuple(map(torch.cat, zip(*level))) for level in zip(*seen)]
 

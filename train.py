@@ -78,8 +78,9 @@ class State:
         policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
         policy = policy.to(config.device)
         if not checkpoint:
-            images = (crops[n][0] for n in sum(crops.of_each_task(USUAL).values(), []))
-            policy.fit(states_on(model, policy, images))
+            numbers = crops.of_each_task(USUAL).values()
+            usual = (crops.collate([crops[n] for n in of_task]).degraded for of_task in numbers)
+            policy.fit(states_on(model, policy, usual))
         policy.requires_grad_(not training.freeze_heads)
         groups = []
         for net, name in ((policy, "lr_heads"), (model, "lr")):

@@ -252,8 +252,8 @@ def test_a_concentration_out_of_reach_is_refused(concentration):
 
 def seen(net, policy, n=12):
     """States of n images of different brightness."""
-    images = [(0.2 + 0.06 * i) * torch.rand(3, 32, 32) for i in range(n)]
-    return policies.states_on(net, policy, images)
+    images = torch.stack([(0.2 + 0.06 * i) * torch.rand(3, 32, 32) for i in range(n)])
+    return policies.states_on(net, policy, images.split(5))
 
 
 def test_fitted_heads_see_deviations_from_the_mean(setting):
