@@ -297,7 +297,7 @@ def minutes(model, reward, crop, config, n_crops, n_tasks):
     of_batch, begin = time.perf_counter() - begin, time.perf_counter()
     gate_oracle(model, reward, crop, 1)
     of_step = (time.perf_counter() - begin) / 2
-    per_crop = 2 * max(BEST_OF) / AT_ONCE + 12 * len(RATES) / AT_ONCE
+    per_crop = max(BEST_OF) / AT_ONCE + 12 * len(RATES) / AT_ONCE
     total = n_crops * (per_crop * of_batch + 2 * config.ascent * of_step)
     height, width = crop.whole[0].shape[1:]
     of_whole = 2 * of_batch / AT_ONCE * height * width / config.crop**2

@@ -1,13 +1,15 @@
-"""Tables from run folders, with 95 % intervals.
+"""Tables from runs, with 95 % intervals.
 
-    python results/tables.py [runs/results]       also leaves gains.csv there
+    python results/tables.py runs/results     of the runs there; leaves gains.csv, validation.csv
+    python results/tables.py results          of those two files alone: the runs we made
 
-A folder holds ARM/SEED/report.json, as results/run.py leaves them. Intervals are Student's, with a
-standard error from a bootstrap over photographs and seeds as clusters: both are drawn anew with
-replacement, and with a photograph all its draws and tasks. A photograph weighs the same however
-many of its draws are hard (in a run's own report.md every image does).
+Run folders are ARM/SEED, as results/run.py leaves them. Intervals are Student's, with a standard
+error from a bootstrap over photographs and seeds as clusters: both are drawn anew with replacement,
+and with a photograph all its draws and tasks. A photograph weighs the same however many of its
+draws are hard (in a run's own report.md every image does).
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -32,26 +34,50 @@ PAIRS = (
     ("reward-sft", "sft"),
     ("irpo", "irpo-no-cons"),
     ("irpo-difficulty", "irpo"),
+    ("irpo", "sft-time"),
+    ("irpo", "reward-time"),
+    ("reward-sft-time", "sft-time"),
+    ("rl-time", "rl-shuffled-time"),
     ("irpo", "hard-30"),
     ("hard-30", "random-30"),
     ("hard-30", "easy-30"),
     ("hard-30", "all-data"),
+    ("hard-30", "all-data-epochs"),
+    ("hard-30", "hard-10"),
+    ("hard-30", "hard-50"),
+    ("irpo", "group-2"),
+    ("group-8", "irpo"),
+    ("irpo", "general-alone"),
+    ("irpo", "task-alone"),
 )
 
 
-def pretrained(arms):
-    """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
-    the same images."""
-    first = None
-    for path in sorted(path for folder in arms.values() for path in folder.glob("*/report.json")):
-        rows = json.loads(path.read_text())["before"]
-        found = {(row["task"], row["name"]): row["psnr"] for row in rows}
-        first = first or (path, found, rows)
-        same = found.keys() == first[1].keys()
-        if not same or any(abs(psnr - first[1][key]) > 0.01 for key, psnr in found.items()):
-            another = "began with another model, or was measured on other images, than"
-            sys.exit(f"results/tables.py: {path} {another} {first[0]}")
-    return {task: report.mean(rows, "psnr") for task, rows in report.by_task(first[2]).items()}
+# --------------------------------------------------------------------------------------- two files
+
+
+def collect(folder):
+    """Writes gains.csv, a row for every arm, seed, task and held-out image: the PSNR before, the
+    three gains, whether it is one of the hard 30 %; and validation.csv: the gains of every
+    validation. Exits unless an arm's runs have the same settings."""
+    images = ["arm seed task image psnr_before psnr ssim reward hard".split()]
+    validations = ["arm seed step task psnr reward".split()]
+    paths = sorted(folder.glob("*/*/report.json"))
+    for of_arm in {path.parents[1] for path in paths}:
+        check_settings(of_arm)
+    for path in paths:
+        of_arm = [path.parts[-3], path.parts[-2]]
+        stored = json.loads(path.read_text())
+        for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
+            found = (new[key] - old[key] for key in ("psnr", "ssim", "reward"))
+            row = [*of_arm, old["task"], old["name"], old["psnr"], *found]
+            images.append([*row, int(i in stored["hard"])])
+        history = stored["validation"]
+        for past, found in zip(history, report.gains_since_start(history)):
+            for task in found["psnr"]:
+                row = [*of_arm, past["step"], task, found["psnr"][task], found["reward"][task]]
+                validations.append(row)
+    for name, (head, *rows) in (("gains.csv", images), ("validation.csv", validations)):
+        (folder / name).write_text(report.to_csv(head, rows))
 
 
 def check_settings(folder):
@@ -66,37 +92,55 @@ def check_settings(folder):
             sys.exit(f"results/tables.py: {path} has other settings than {first[0]}")
 
 
-def gains(folder, key, only=None):
+def read(path):
+    """{arm: rows} of one of the two files, with numbers as such."""
+    arms = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            words = {name: row.pop(name) for name in ("arm", "seed", "task", "image") & row.keys()}
+            numbers = {name: float(value) for name, value in row.items()}
+            arms.setdefault(words["arm"], []).append(words | numbers)
+    return arms
+
+
+def pretrained(arms):
+    """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
+    the same images."""
+    first = None
+    for arm, rows in arms.items():
+        for seed in seeds_of(rows):
+            mine = [row for row in rows if row["seed"] == seed]
+            found = {(row["task"], row["image"]): row["psnr_before"] for row in mine}
+            first = first or (f"{arm}/{seed}", found, mine)
+            same = found.keys() == first[1].keys()
+            if not same or any(abs(psnr - first[1][key]) > 0.01 for key, psnr in found.items()):
+                another = "began with another model, or was measured on other images, than"
+                sys.exit(f"results/tables.py: {arm}/{seed} {another} {first[0]}")
+    return {task: report.mean(of, "psnr_before") for task, of in report.by_task(first[2]).items()}
+
+
+# --------------------------------------------------------------------------------------- intervals
+
+
+def seeds_of(rows):
+    return sorted({row["seed"] for row in rows})
+
+
+def gains(rows, key, only=None):
     """Gains of one arm: an array (seeds, photographs, tasks), draws averaged, NaN where `only`
     leaves nothing; and the names of seeds, photographs and tasks. key: "psnr", "ssim" or "reward";
     only: "hard" or "rest" of the images."""
-    seeds = sorted(path.parent.name for path in folder.glob("*/report.json"))
     cells = {}
-    for seed in seeds:
-        stored = json.loads((folder / seed / "report.json").read_text())
-        for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
-            if only is None or (i in stored["hard"]) == (only == "hard"):
-                cell = seed, photo_of(old["name"]), old["task"]
-                cells.setdefault(cell, []).append(new[key] - old[key])
+    for row in rows:
+        if only is None or bool(row["hard"]) == (only == "hard"):
+            cell = row["seed"], photo_of(row["image"]), row["task"]
+            cells.setdefault(cell, []).append(row[key])
+    seeds = seeds_of(rows)
     photos = sorted({photo for _, photo, _ in cells})
     tasks = list(dict.fromkeys(task for *_, task in cells))
     shape = len(seeds), len(photos), len(tasks)
     values = [np.mean(cells.get((s, p, t), np.nan)) for s in seeds for p in photos for t in tasks]
     return np.array(values).reshape(shape), (seeds, photos, tasks)
-
-
-def write_csv(path, arms):
-    """A row for every arm, seed, task and image: the PSNR before, and the three gains."""
-    head = "arm seed task image psnr_before psnr ssim reward hard".split()
-    rows = []
-    for arm, folder in arms.items():
-        for of_seed in sorted(folder.glob("*/report.json")):
-            stored = json.loads(of_seed.read_text())
-            for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
-                found = (new[key] - old[key] for key in ("psnr", "ssim", "reward"))
-                row = [arm, of_seed.parent.name, old["task"], old["name"], old["psnr"], *found]
-                rows.append([*row, int(i in stored["hard"])])
-    path.write_text(report.to_csv(head, rows))
 
 
 def mean_of_tasks(values):
@@ -133,12 +177,15 @@ def cell(values, scale=1.0, digits=3):
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+# ------------------------------------------------------------------------------------------ tables
+
+
 def per_task(arms):
     """The PSNR of the pre-trained model and the mean gains over it, in dB, per task."""
     start = pretrained(arms)
     rows = [["pre-trained model", *(f"{v:.2f}" for v in start.values())]]
-    for arm, folder in arms.items():
-        values, (_, _, tasks) = gains(folder, "psnr")
+    for arm, of_arm in arms.items():
+        values, (_, _, tasks) = gains(of_arm, "psnr")
         rows.append([arm, *(f"{v:+.3f}" for v in np.nanmean(values, axis=(0, 1)))])
     return report.markdown(["PSNR, gain, dB", *tasks], rows)
 
@@ -148,32 +195,31 @@ def overall(arms):
     head = ["gain over the pre-trained model", "seeds", "PSNR, dB", "SSIM, 1e-4", "reward, 1e-4"]
     head += ["hard 30 %: dB", "1e-4", "the rest: dB", "1e-4"]
     rows = []
-    for arm, folder in arms.items():
-        row = [arm, len(gains(folder, "psnr")[1][0]), cell(gains(folder, "psnr")[0])]
-        row += [cell(gains(folder, key)[0], 1e4, 1) for key in ("ssim", "reward")]
+    for arm, of_arm in arms.items():
+        row = [arm, len(seeds_of(of_arm)), cell(gains(of_arm, "psnr")[0])]
+        row += [cell(gains(of_arm, key)[0], 1e4, 1) for key in ("ssim", "reward")]
         for part in ("hard", "rest"):
-            row.append(f"{mean_of_tasks(gains(folder, 'psnr', part)[0]):+.3f}")
-            row.append(f"{1e4 * mean_of_tasks(gains(folder, 'reward', part)[0]):+.1f}")
+            row.append(f"{mean_of_tasks(gains(of_arm, 'psnr', part)[0]):+.3f}")
+            row.append(f"{1e4 * mean_of_tasks(gains(of_arm, 'reward', part)[0]):+.1f}")
         rows.append(row)
     return report.markdown(head, rows)
 
 
 def on_validation(arms):
     """The gains at the last validation, which is what settings are chosen on: their mean over
-    seeds, and the lowest and highest seed."""
+    seeds, and the lowest and highest seed. arms: rows of validation.csv."""
     rows = []
-    for arm, folder in arms.items():
-        paths = folder.glob("*/report.json")
-        histories = [json.loads(path.read_text())["validation"] for path in paths]
-        last = [report.gains_since_start(history)[-1] for history in histories]
-        row = [arm]
+    for arm, of_arm in arms.items():
+        means = [row for row in of_arm if row["task"] == "mean"]
+        last = {row["seed"]: row for row in sorted(means, key=lambda row: row["step"])}
+        row = [arm, len(last)]
         for key, scale, digits in (("psnr", 1, 3), ("reward", 1e4, 1)):
-            found = [scale * gains[key]["mean"] for gains in last]
+            found = [scale * of_seed[key] for of_seed in last.values()]
             three = np.mean(found), min(found), max(found)
             mean, low, high = (f"{value:+.{digits}f}" for value in three)
             row.append(f"{mean} ({low} to {high})")
         rows.append(row)
-    return report.markdown(["on the validation images", "PSNR, dB", "reward, 1e-4"], rows)
+    return report.markdown(["on the validation images", "seeds", "PSNR, dB", "reward, 1e-4"], rows)
 
 
 def difference(arms, one, other):
@@ -191,14 +237,12 @@ def difference(arms, one, other):
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
-    done = sorted({path.parent.parent for path in folder.glob("*/*/report.json")})
-    if not done:
+    if list(folder.glob("*/*/report.json")):
+        collect(folder)
+    elif not (folder / "gains.csv").exists():
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
-    arms = {path.name: path for path in done}
-    for path in done:
-        check_settings(path)
-    write_csv(folder / "gains.csv", arms)
-    print(per_task(arms), overall(arms), on_validation(arms), "", sep="\n\n")
+    arms, validations = read(folder / "gains.csv"), read(folder / "validation.csv")
+    print(per_task(arms), overall(arms), on_validation(validations), "", sep="\n\n")
     for one, other in PAIRS:
         if {one, other} <= arms.keys():
             print(difference(arms, one, other))

@@ -34,14 +34,22 @@ def write_report(folder, gain, hard=(0,)):
     (folder / "report.json").write_text(json.dumps(stored))
 
 
+def collected(folder):
+    """{arm: rows} of the runs in a folder."""
+    tables.collect(folder)
+    return tables.read(folder / "gains.csv")
+
+
 def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
-    write_report(tmp_path / "0", lambda photo, task, draw: (task == "rain") + 0.2 * (draw == "#2"))
-    values, (seeds, photos, tasks) = tables.gains(tmp_path, "psnr")
+    run = tmp_path / "a/0"
+    write_report(run, lambda photo, task, draw: (task == "rain") + 0.2 * (draw == "#2"))
+    rows = collected(tmp_path)["a"]
+    values, (seeds, photos, tasks) = tables.gains(rows, "psnr")
     assert values.shape == (1, 3, 2) and tasks == ["rain", "haze"]
     assert np.allclose(values[0, :, 0], 1.1) and np.allclose(values[0, :, 1], 0.1)
     mean, low, high = tables.interval(values)
-    assert mean == pytest.approx(0.6) and low == high == pytest.approx(0.6)
-    hard, _ = tables.gains(tmp_path, "psnr", "hard")
+    assert (mean, low, high) == pytest.approx((0.6, 0.6, 0.6))
+    hard, _ = tables.gains(rows, "psnr", "hard")
     assert hard.shape == (1, 1, 1) and hard[0, 0, 0] == 1
 
 
@@ -76,8 +84,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
         write_report(tmp_path / f"a/{seed}", lambda photo, *_, s=seed: s + 0.5)
         write_report(tmp_path / f"b/{seed}", lambda photo, *_, s=seed: s)
     write_report(tmp_path / "b/7", lambda *_: 9.0)
-    arms = {name: tmp_path / name for name in "ab"}
-    assert tables.difference(arms, "a", "b") == (
+    assert tables.difference(collected(tmp_path), "a", "b") == (
         "a minus b, 2 seeds: +0.500 [+0.500, +0.500] dB, +50.0 [+50.0, +50.0] 1e-4"
     )
     done = subprocess.run(
@@ -88,18 +95,26 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     rows = (tmp_path / "gains.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 12  # five runs of 12 images
     assert rows[1] == "a,0,rain,a.png,20.000000,0.500000,0.000000,0.005000,1"
+    rows = (tmp_path / "validation.csv").read_text().splitlines()
+    assert len(rows) == 1 + 5 * 2 * 3  # two validations of two tasks and their mean
+    assert rows[6] == "a,0,1,mean,1.500000,1.500000"
+    # the two files alone say the same
+    (tmp_path / "alone").mkdir()
+    for name in ("gains.csv", "validation.csv"):
+        (tmp_path / name).rename(tmp_path / "alone" / name)
+    program = [sys.executable, ROOT / "results/tables.py", tmp_path / "alone"]
+    assert subprocess.run(program, capture_output=True, text=True).stdout == done.stdout
 
 
 @pytest.mark.parametrize("old, new", [("c.png", "d.png"), ('"psnr": 20.0', '"psnr": 20.1')])
 def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new):
     write_report(tmp_path / "a/0", lambda *_: 0.0)
     write_report(tmp_path / "b/0", lambda *_: 0.0)
-    arms = {name: tmp_path / name for name in "ab"}
-    assert tables.pretrained(arms) == dict(rain=20, haze=20)
+    assert tables.pretrained(collected(tmp_path)) == dict(rain=20, haze=20)
     path = tmp_path / "b/0/report.json"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(SystemExit, match="b/0/report.json began with another model, or was measur"):
-        tables.pretrained(arms)
+    with pytest.raises(SystemExit, match="b/0 began with another model, or was measured"):
+        tables.pretrained(collected(tmp_path))
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
@@ -119,8 +134,7 @@ def test_what_has_no_interval_is_said(tmp_path):
         tables.interval(np.zeros((5, 1, 2)))
     write_report(tmp_path / "a/0", lambda *_: 0.0)
     write_report(tmp_path / "b/1", lambda *_: 0.0)
-    arms = {name: tmp_path / name for name in "ab"}
-    assert tables.difference(arms, "a", "b") == "a minus b: no seed in common"
+    assert tables.difference(collected(tmp_path), "a", "b") == "a minus b: no seed in common"
 
 
 def test_an_unknown_arm_is_named():
