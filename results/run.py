@@ -3,6 +3,7 @@
     python results/run.py                          the arms of the README, seeds 0 to 4
     python results/run.py --arms all
     python results/run.py --arms irpo sft --seeds 0 1 --jobs 2
+    python results/run.py --seeds 0 1 --flags='--lr 1e-4 --head-lr-factor 21' --out runs/sweep/1e-4
 
 What is done is left alone, what was stopped goes on. Jobs run side by side, each on one CPU thread
 if there are several.
@@ -34,22 +35,36 @@ MAIN = {
     "irpo-no-cons": "--lambda-cons 0 0",
     "irpo-difficulty": "--weighting difficulty",
 }
+TIME = {  # as long as 120 steps of irpo: a step of sft takes 0.41 of one, reward 0.43, rl 0.55
+    "sft-time": "--objective sft --steps 295",
+    "reward-time": "--objective reward --steps 280",
+    "reward-sft-time": "--objective reward+sft --steps 280",
+    "rl-time": "--freeze-backbone --steps 215",
+    "rl-shuffled-time": "--freeze-backbone --shuffle-advantages --steps 215",
+}
 DATA = {  # Figure 5: of every task, as the paper has it
     "hard-30": "--hard-scope task",
     "random-30": "--hard-scope task --select random",
     "easy-30": "--hard-scope task --select easy",
     "all-data": "--select all",
+    "all-data-epochs": "--select all --steps 360",  # as many epochs as of the hard samples
     "rl-all": "--freeze-backbone --select all",
     "rl-all-shuffled": "--freeze-backbone --select all --shuffle-advantages",
     "hard-10": "--hard-scope task --hard-ratio 0.1",
     "hard-50": "--hard-scope task --hard-ratio 0.5",
+}
+TABLES = {  # Tables 4 and 5; measured by one reward, see measure.py
+    "general-alone": "--rewards psnr,ssim",
+    "task-alone": "--rewards task",
+    "group-2": "--group-size 2",
+    "group-8": "--group-size 8",
 }
 JUDGE = "--judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen --freeze-backbone"
 JUDGED = {  # by exposure_judge.py alone, which has to be running
     "judged": JUDGE,
     "judged-shuffled": f"{JUDGE} --shuffle-advantages",
 }
-ARMS = MAIN | DATA | JUDGED
+ARMS = MAIN | TIME | DATA | TABLES | JUDGED
 
 
 @dataclass

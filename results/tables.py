@@ -47,6 +47,7 @@ PAIRS = (
     ("hard-30", "hard-50"),
     ("irpo", "group-2"),
     ("group-8", "irpo"),
+    ("judged", "judged-shuffled"),
     ("irpo", "general-alone"),
     ("irpo", "task-alone"),
 )
@@ -57,9 +58,10 @@ PAIRS = (
 
 def collect(folder):
     """Writes gains.csv, a row for every arm, seed, task and held-out image: the PSNR before, the
-    three gains, whether it is one of the hard 30 %; and validation.csv: the gains of every
-    validation. Exits unless an arm's runs have the same settings."""
-    images = ["arm seed task image psnr_before psnr ssim reward hard".split()]
+    gains (of exposure where measure.py was run), whether it is one of the hard 30 %; and
+    validation.csv: the gains of every validation. Exits unless an arm's runs have the same
+    settings."""
+    images = ["arm seed task image psnr_before hard psnr ssim reward exposure".split()]
     validations = ["arm seed step task psnr reward".split()]
     paths = sorted(folder.glob("*/*/report.json"))
     for of_arm in {path.parents[1] for path in paths}:
@@ -68,9 +70,10 @@ def collect(folder):
         of_arm = [path.parts[-3], path.parts[-2]]
         stored = json.loads(path.read_text())
         for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
-            found = (new[key] - old[key] for key in ("psnr", "ssim", "reward"))
-            row = [*of_arm, old["task"], old["name"], old["psnr"], *found]
-            images.append([*row, int(i in stored["hard"])])
+            row = [*of_arm, old["task"], old["name"], old["psnr"], int(i in stored["hard"])]
+            for key in ("psnr", "ssim", "reward", "exposure"):
+                row.append(new[key] - old[key] if key in old else None)
+            images.append(row)
         history = stored["validation"]
         for past, found in zip(history, report.gains_since_start(history)):
             for task in found["psnr"]:
@@ -98,7 +101,7 @@ def read(path):
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             words = {name: row.pop(name) for name in ("arm", "seed", "task", "image") & row.keys()}
-            numbers = {name: float(value) for name, value in row.items()}
+            numbers = {name: float(value) for name, value in row.items() if value}
             arms.setdefault(words["arm"], []).append(words | numbers)
     return arms
 
@@ -128,8 +131,9 @@ def seeds_of(rows):
 
 def gains(rows, key, only=None):
     """Gains of one arm: an array (seeds, photographs, tasks), draws averaged, NaN where `only`
-    leaves nothing; and the names of seeds, photographs and tasks. key: "psnr", "ssim" or "reward";
-    only: "hard" or "rest" of the images."""
+    leaves nothing; and the names of seeds, photographs and tasks.
+
+    key: "psnr", "ssim", "reward" or "exposure"; only: "hard" or "rest" of the images."""
     cells = {}
     for row in rows:
         if only is None or bool(row["hard"]) == (only == "hard"):
@@ -224,8 +228,10 @@ def on_validation(arms):
 
 def difference(arms, one, other):
     """How much more one arm gains than another on the same seeds."""
-    lines = []
-    for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")):
+    lines, keys = [], [("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")]
+    if all("exposure" in arms[name][0] for name in (one, other)):
+        keys.append(("exposure", 1e4, 1, "1e-4 of exposure"))
+    for key, scale, digits, unit in keys:
         (a, (seeds, *_)), (b, (others, *_)) = (gains(arms[name], key) for name in (one, other))
         shared = [s for s in seeds if s in others]
         if not shared:
@@ -239,10 +245,13 @@ def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    elif not (folder / "gains.csv").exists():
+    elif not (folder / "validation.csv").exists():
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
-    arms, validations = read(folder / "gains.csv"), read(folder / "validation.csv")
-    print(per_task(arms), overall(arms), on_validation(validations), "", sep="\n\n")
+    print(on_validation(read(folder / "validation.csv")), "\n")
+    if not (folder / "gains.csv").exists():
+        return
+    arms = read(folder / "gains.csv")
+    print(per_task(arms), overall(arms), "", sep="\n\n")
     for one, other in PAIRS:
         if {one, other} <= arms.keys():
             print(difference(arms, one, other))

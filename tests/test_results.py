@@ -94,7 +94,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     assert "+1.500 (+1.500 to +1.500)" in done.stdout  # of the validations
     rows = (tmp_path / "gains.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 12  # five runs of 12 images
-    assert rows[1] == "a,0,rain,a.png,20.000000,0.500000,0.000000,0.005000,1"
+    assert rows[1] == "a,0,rain,a.png,20.000000,1,0.500000,0.000000,0.005000,"
     rows = (tmp_path / "validation.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 2 * 3  # two validations of two tasks and their mean
     assert rows[6] == "a,0,1,mean,1.500000,1.500000"

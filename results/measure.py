@@ -1,0 +1,56 @@
+"""Measures finished runs of the demo again, all by the same: the composite reward of --rewards
+default, whatever they were trained by, and the known answer of exposure_judge.py.
+
+    python results/measure.py runs/results/judged runs/results/judged-shuffled
+
+Writes both into the rows of each report.json; results/tables.py shows them.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from exposure_judge import closeness
+
+import rewards
+import runs
+from config import DEMO_MODEL
+from data import list_training
+from metrics import evaluate
+from model import load_adair, load_pretrained, read_checkpoint, restore
+from policy import load_policy
+
+
+def measure(restoring):
+    """A row for every held-out photograph of the demo, as restoring(image) gives it."""
+    reward = rewards.Reward(rewards.parse_terms("default"))
+
+    def also(sample, degraded, restored, gt):
+        seen, true = (rewards.luma(image[None].clamp(0, 1)).mean() for image in (restored, gt))
+        exposure = closeness(seen.item(), true.item())
+        return dict(reward=reward.of_image(restored, gt, sample.task), exposure=exposure)
+
+    return evaluate(restoring, tqdm(list_training(None).held_out, leave=False), also)
+
+
+def main():
+    runs.check_device("cpu")
+    before = None
+    for path in sorted(path for arm in sys.argv[1:] for path in Path(arm).glob("*/report.json")):
+        stored = json.loads(path.read_text())
+        if "exposure" in stored["after"][0]:
+            continue
+        before = before or measure(partial(restore, load_pretrained(DEMO_MODEL, "fraction")))
+        checkpoint = read_checkpoint(path.parent / "last.pt")
+        model, policy = load_adair(path.parent / "last.pt", checkpoint), load_policy(checkpoint)
+        after = measure(partial(restore, model, controller=policy.mean()))
+        runs.save_json(path, stored | dict(before=before, after=after))
+        print(path, flush=True)
+
+
+if __name__ == "__main__":
+    main()
