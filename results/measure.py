@@ -3,7 +3,8 @@ default, whatever they were trained by, and the known answer of exposure_judge.p
 
     python results/measure.py runs/results/judged runs/results/judged-shuffled
 
-Writes both into the rows of each report.json; results/tables.py shows them.
+Writes both into the rows of each report.json, which results/tables.py reads; report.md stays as it
+is. Arms of another --rewards (general-alone, task-alone) need it before they are compared.
 """
 
 import json
@@ -37,10 +38,25 @@ def measure(restoring):
     return evaluate(restoring, tqdm(list_training(None).held_out, leave=False), also)
 
 
+def check(folder):
+    """Exits unless a run is one of the demo, with its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    samples = config["samples"]
+    of_demo = Path(config["init"]).name == DEMO_MODEL.name and not samples["data_root"]
+    if not of_demo or samples["tasks"]:
+        sys.exit(f"results/measure.py: {folder} is no run of the demo model on all of its tasks")
+    if not (folder / "last.pt").exists():
+        sys.exit(f"results/measure.py: {folder} has no last.pt to measure")
+
+
 def main():
     runs.check_device("cpu")
+    paths = sorted(path for arm in sys.argv[1:] for path in Path(arm).glob("*/report.json"))
+    if not paths:
+        sys.exit("results/measure.py: name folders of arms, which hold SEED/report.json")
     before = None
-    for path in sorted(path for arm in sys.argv[1:] for path in Path(arm).glob("*/report.json")):
+    for path in paths:
+        check(path.parent)
         stored = json.loads(path.read_text())
         if "exposure" in stored["after"][0]:
             continue

@@ -1,12 +1,14 @@
 """Tables from runs, with 95 % intervals.
 
-    python results/tables.py runs/results     of the runs there; leaves gains.csv, validation.csv
-    python results/tables.py results          of those two files alone: the runs we made
+    python results/tables.py runs/results      of the runs there; leaves gains.csv, validation.csv
+    python results/tables.py results/main      of such files alone: the runs we made
 
-Run folders are ARM/SEED, as results/run.py leaves them. Intervals are Student's, with a standard
-error from a bootstrap over photographs and seeds as clusters: both are drawn anew with replacement,
-and with a photograph all its draws and tasks. A photograph weighs the same however many of its
-draws are hard (in a run's own report.md every image does).
+and gains.png, curves.png.
+
+Run folders are ARM/SEED, as results/run.py leaves them. Intervals are from bootstraps over
+photographs and over seeds (`interval`); with a photograph come all its draws and tasks. A
+photograph weighs the same however many of its draws are hard (in a run's own report.md every image
+does). On the validation images the reward is that of a run's own --rewards.
 """
 
 import csv
@@ -18,6 +20,8 @@ import numpy as np
 import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from run import ARMS
+
 import report
 from data import photo_of
 
@@ -61,7 +65,8 @@ def collect(folder):
     gains (of exposure where measure.py was run), whether it is one of the hard 30 %; and
     validation.csv: the gains of every validation. Exits unless an arm's runs have the same
     settings."""
-    images = ["arm seed task image psnr_before hard psnr ssim reward exposure".split()]
+    images = ["arm seed task image psnr_before reward_before".split()]
+    images[0] += "hard psnr ssim reward exposure".split()
     validations = ["arm seed step task psnr reward".split()]
     paths = sorted(folder.glob("*/*/report.json"))
     for of_arm in {path.parents[1] for path in paths}:
@@ -70,7 +75,8 @@ def collect(folder):
         of_arm = [path.parts[-3], path.parts[-2]]
         stored = json.loads(path.read_text())
         for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
-            row = [*of_arm, old["task"], old["name"], old["psnr"], int(i in stored["hard"])]
+            row = [*of_arm, old["task"], old["name"], old["psnr"], old["reward"]]
+            row.append(int(i in stored["hard"]))
             for key in ("psnr", "ssim", "reward", "exposure"):
                 row.append(new[key] - old[key] if key in old else None)
             images.append(row)
@@ -84,12 +90,13 @@ def collect(folder):
 
 
 def check_settings(folder):
-    """Exits unless the runs of an arm had the same settings, but for the seed."""
+    """Exits unless the runs of an arm had the same settings, but for the seed and the machine."""
     first = None
     for path in sorted(folder.glob("*/config.json")):
         stored = json.loads(path.read_text())
-        stored["samples"].pop("scores")
-        settings = {k: v for k, v in stored.items() if k not in ("seed", "out", "command")}
+        del stored["samples"]["scores"], stored["samples"]["workers"]
+        mine = ("seed", "out", "command", "device")
+        settings = {k: v for k, v in stored.items() if k not in mine}
         first = first or (path, settings)
         if settings != first[1]:
             sys.exit(f"results/tables.py: {path} has other settings than {first[0]}")
@@ -103,12 +110,13 @@ def read(path):
             words = {name: row.pop(name) for name in ("arm", "seed", "task", "image") & row.keys()}
             numbers = {name: float(value) for name, value in row.items() if value}
             arms.setdefault(words["arm"], []).append(words | numbers)
-    return arms
+    known = [*ARMS, *arms]
+    return dict(sorted(arms.items(), key=lambda arm: known.index(arm[0])))
 
 
 def pretrained(arms):
     """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
-    the same images."""
+    the same images, measured by one reward."""
     first = None
     for arm, rows in arms.items():
         for seed in seeds_of(rows):
@@ -119,6 +127,10 @@ def pretrained(arms):
             if not same or any(abs(psnr - first[1][key]) > 0.01 for key, psnr in found.items()):
                 another = "began with another model, or was measured on other images, than"
                 sys.exit(f"results/tables.py: {arm}/{seed} {another} {first[0]}")
+            pairs = zip(mine, first[2])
+            if any(abs(a["reward_before"] - b["reward_before"]) > 1e-3 for a, b in pairs):
+                hint = f"was measured by another reward than {first[0]}: run results/measure.py"
+                sys.exit(f"results/tables.py: {arm}/{seed} {hint}")
     return {task: report.mean(of, "psnr_before") for task, of in report.by_task(first[2]).items()}
 
 
@@ -153,45 +165,59 @@ def mean_of_tasks(values):
 
 
 def interval(values, seed=0):
-    """(mean, low, high) of the mean over tasks: its standard error by the bootstrap over seeds and
-    photographs, times Student's t for so few photographs. (Percentiles of the bootstrap would be
-    too narrow: of six photographs they hold the true mean 86 times in 100. Of fewer than five seeds
-    these are, too, where seeds matter more than photographs.)"""
-    rng = np.random.default_rng(seed)
+    """(mean, low, high) of the mean over tasks, at 95 %; values as `gains` gives them. Of one seed
+    low and high are NaN.
+
+    Two variances of the mean add up: that of bootstraps over photographs, and that of bootstraps
+    over seeds, each times n / (n − 1), since n draws of n vary less than new ones would. What is
+    peculiar to a photograph under a seed is counted twice, which is on the safe side. Student's t
+    has the degrees of freedom of Welch and Satterthwaite.
+    """
     n_seeds, n_photos, _ = values.shape
     if n_photos < 2:
         sys.exit("results/tables.py: one photograph has no interval; hold out more")
-    # how often each seed and each photograph is drawn
-    seeds, photos = (rng.multinomial(n, np.ones(n) / n, RESAMPLES) for n in (n_seeds, n_photos))
-    there = np.isfinite(values)
-    total, count = (
-        np.einsum("rs,spt,rp->rt", seeds, of_each, photos, optimize=True)
-        for of_each in (np.where(there, values, 0), there.astype(float))
-    )
-    with np.errstate(invalid="ignore"):
-        found = np.nanmean(total / count, axis=1)
-    error = np.std(found) * np.sqrt(n_photos / (n_photos - 1))
-    half = scipy.stats.t.ppf(0.975, n_photos - 1) * error
     mean = mean_of_tasks(values)
+    if n_seeds < 2:
+        return mean, np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    variances = []
+    for n, of_axis in ((n_seeds, values), (n_photos, values.swapaxes(0, 1))):
+        drawn = rng.multinomial(n, np.ones(n) / n, RESAMPLES)  # how often each one is
+        there = np.isfinite(of_axis)
+        total, count = (
+            np.einsum("rn,nmt->rt", drawn, of_each)
+            for of_each in (np.where(there, of_axis, 0), there.astype(float))
+        )
+        with np.errstate(invalid="ignore"):
+            variances.append(np.var(np.nanmean(total / count, axis=1)) * n / (n - 1))
+    of_seeds, of_photos = variances
+    shares = of_seeds**2 / (n_seeds - 1) + of_photos**2 / (n_photos - 1)
+    freedom = sum(variances) ** 2 / shares if shares else 1.0
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances))
     return mean, mean - half, mean + half
 
 
 def cell(values, scale=1.0, digits=3):
     mean, low, high = (scale * v for v in interval(values))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    shown = f"{mean:+.{digits}f}"
+    return shown if np.isnan(low) else f"{shown} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
 def per_task(arms):
-    """The PSNR of the pre-trained model and the mean gains over it, in dB, per task."""
+    """The PSNR of the pre-trained model and the mean gains over it, in dB and reward, per task."""
     start = pretrained(arms)
-    rows = [["pre-trained model", *(f"{v:.2f}" for v in start.values())]]
-    for arm, of_arm in arms.items():
-        values, (_, _, tasks) = gains(of_arm, "psnr")
-        rows.append([arm, *(f"{v:+.3f}" for v in np.nanmean(values, axis=(0, 1)))])
-    return report.markdown(["PSNR, gain, dB", *tasks], rows)
+    tables = []
+    for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "reward, 1e-4")):
+        rows = [["pre-trained model", *(f"{v:.2f}" for v in start.values())]] if scale == 1 else []
+        for arm, of_arm in arms.items():
+            values, (_, _, tasks) = gains(of_arm, key)
+            means = scale * np.nanmean(values, axis=(0, 1))
+            rows.append([arm, *(f"{mean:+.{digits}f}" for mean in means)])
+        tables.append(report.markdown([f"gain, {unit}", *tasks], rows))
+    return "\n\n".join(tables)
 
 
 def overall(arms):
@@ -229,7 +255,7 @@ def on_validation(arms):
 def difference(arms, one, other):
     """How much more one arm gains than another on the same seeds."""
     lines, keys = [], [("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")]
-    if all("exposure" in arms[name][0] for name in (one, other)):
+    if all("exposure" in row for name in (one, other) for row in arms[name]):
         keys.append(("exposure", 1e4, 1, "1e-4 of exposure"))
     for key, scale, digits, unit in keys:
         (a, (seeds, *_)), (b, (others, *_)) = (gains(arms[name], key) for name in (one, other))
@@ -241,20 +267,66 @@ def difference(arms, one, other):
     return f"{one} minus {other}, {len(shared)} seeds: {', '.join(lines)}"
 
 
+# ----------------------------------------------------------------------------------------- figures
+
+
+def plot_gains(path, arms):
+    """The gains of every arm with their intervals."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1), sharey=True)
+    panels = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
+    for axis, (key, scale, title) in zip(axes, panels):
+        for y, rows in enumerate(arms.values()):
+            mean, low, high = (scale * value for value in interval(gains(rows, key)[0]))
+            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{y % 10}")
+        axis.axvline(0, color="black", linewidth=0.5)
+        axis.set_xlabel(title)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_curves(path, arms):
+    """Gains on the validation images over the steps, means over seeds; arms: rows of
+    validation.csv."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    panels = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
+    for axis, (key, scale, title) in zip(axes, panels):
+        for i, (arm, rows) in enumerate(arms.items()):
+            means = [row for row in rows if row["task"] == "mean"]
+            steps = sorted({row["step"] for row in means})
+            values = [scale * np.mean([r[key] for r in means if r["step"] == s]) for s in steps]
+            axis.plot(steps, values, "-" if i < 10 else "--", color=f"C{i % 10}", label=arm)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_xlabel("step")
+        axis.set_ylabel(f"validation: {title}")
+    axes[1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    elif not (folder / "validation.csv").exists():
+    of_images, of_validations = folder / "gains.csv", folder / "validation.csv"
+    if not of_images.exists() and not of_validations.exists():
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
-    print(on_validation(read(folder / "validation.csv")), "\n")
-    if not (folder / "gains.csv").exists():
-        return
-    arms = read(folder / "gains.csv")
-    print(per_task(arms), overall(arms), "", sep="\n\n")
-    for one, other in PAIRS:
-        if {one, other} <= arms.keys():
-            print(difference(arms, one, other))
+    if of_validations.exists():
+        validations = read(of_validations)
+        print(on_validation(validations), "\n")
+        plot_curves(folder / "curves.png", validations)
+    if of_images.exists():
+        arms = read(of_images)
+        print(per_task(arms), overall(arms), "", sep="\n\n")
+        for one, other in PAIRS:
+            if {one, other} <= arms.keys():
+                print(difference(arms, one, other))
+        plot_gains(folder / "gains.png", arms)
 
 
 if __name__ == "__main__":

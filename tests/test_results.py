@@ -48,33 +48,35 @@ def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
     assert values.shape == (1, 3, 2) and tasks == ["rain", "haze"]
     assert np.allclose(values[0, :, 0], 1.1) and np.allclose(values[0, :, 1], 0.1)
     mean, low, high = tables.interval(values)
-    assert (mean, low, high) == pytest.approx((0.6, 0.6, 0.6))
+    assert mean == pytest.approx(0.6) and np.isnan([low, high]).all()  # of one seed
     hard, _ = tables.gains(rows, "psnr", "hard")
     assert hard.shape == (1, 1, 1) and hard[0, 0, 0] == 1
 
 
 def test_the_interval_is_that_of_a_normal_mean():
-    """One seed of many independent photographs: mean ± 1.96 standard errors."""
+    """Two equal seeds of many independent photographs: mean ± 1.96 standard errors."""
     values = np.random.default_rng(0).normal(0.3, 1.0, (1, 400, 1))
-    mean, low, high = tables.interval(values)
+    mean, low, high = tables.interval(values.repeat(2, axis=0))
     error = values.std() / 20
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
 
 
-def test_six_photographs_are_covered_as_often_as_stated(monkeypatch):
-    """95 % intervals of six photographs and five seeds hold the true mean about 95 times in 100."""
+@pytest.mark.parametrize("n_seeds, of_seeds", [(5, 0.0), (5, 1.0), (2, 0.4)])
+def test_six_photographs_are_covered_as_often_as_stated(monkeypatch, n_seeds, of_seeds):
+    """95 % intervals of six photographs hold the true mean about 95 times in 100, whether seeds
+    matter as much as photographs or not at all."""
     monkeypatch.setattr(tables, "RESAMPLES", 300)
     rng, held = np.random.default_rng(0), 0
     for _ in range(200):
-        values = rng.normal(0, 1, (1, 6, 1)) + rng.normal(0, 0.2, (5, 6, 1))
-        _, low, high = tables.interval(values)
+        values = rng.normal(0, 1, (1, 6, 1)) + rng.normal(0, of_seeds, (n_seeds, 1, 1))
+        _, low, high = tables.interval(values + rng.normal(0, 0.2, (n_seeds, 6, 1)))
         held += low < 0 < high
     assert 0.92 <= held / 200 <= 0.99
 
 
 def test_few_photographs_widen_the_interval_however_many_draws():
     """Draws of a photograph are no new photographs: what differs between photographs counts."""
-    of_photos = np.array([-1.0, 0.0, 1.0])[None, :, None]
+    of_photos = np.array([-1.0, 0.0, 1.0])[None, :, None].repeat(2, axis=0)
     one, many = (tables.interval(np.repeat(of_photos, n, axis=2)) for n in (1, 50))
     assert one[1:] == pytest.approx(many[1:], abs=0.02) and one[2] > 0.6
 
@@ -94,7 +96,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     assert "+1.500 (+1.500 to +1.500)" in done.stdout  # of the validations
     rows = (tmp_path / "gains.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 12  # five runs of 12 images
-    assert rows[1] == "a,0,rain,a.png,20.000000,1,0.500000,0.000000,0.005000,"
+    assert rows[1] == "a,0,rain,a.png,20.000000,0.400000,1,0.500000,0.000000,0.005000,"
     rows = (tmp_path / "validation.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 2 * 3  # two validations of two tasks and their mean
     assert rows[6] == "a,0,1,mean,1.500000,1.500000"
@@ -117,11 +119,37 @@ def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new):
         tables.pretrained(collected(tmp_path))
 
 
+def test_runs_of_another_reward_are_not_mixed(tmp_path):
+    write_report(tmp_path / "a/0", lambda *_: 0.0)
+    write_report(tmp_path / "b/0", lambda *_: 0.0)
+    path = tmp_path / "b/0/report.json"
+    path.write_text(path.read_text().replace('"reward": 0.4', '"reward": 0.5'))
+    with pytest.raises(SystemExit, match="b/0 was measured by another reward than a/0"):
+        tables.pretrained(collected(tmp_path))
+
+
+def test_exposure_is_compared_where_all_runs_have_it(tmp_path):
+    for arm, gain in (("a", 0.3), ("b", 0.1)):
+        for seed in (0, 1):
+            write_report(tmp_path / f"{arm}/{seed}", lambda *_: 0.0)
+            path = tmp_path / f"{arm}/{seed}/report.json"
+            stored = json.loads(path.read_text())
+            for part, value in (("before", 0.5), ("after", 0.5 + gain)):
+                for row in stored[part]:
+                    row["exposure"] = value
+            path.write_text(json.dumps(stored))
+    words = tables.difference(collected(tmp_path), "a", "b")
+    assert words.endswith("+2000.0 [+2000.0, +2000.0] 1e-4 of exposure")
+    write_report(tmp_path / "b/2", lambda *_: 0.0)
+    assert "exposure" not in tables.difference(collected(tmp_path), "a", "b")
+
+
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
     for seed, steps in ((0, 120), (1, 120), (2, 60)):
-        samples, path = dict(scores=[seed]), tmp_path / f"a/{seed}/config.json"
+        samples, path = dict(scores=[seed], workers=seed), tmp_path / f"a/{seed}/config.json"
         path.parent.mkdir(parents=True)
         config = dict(seed=seed, out=str(path), command=f"--seed {seed}", samples=samples)
+        config |= dict(device=["cpu", "cuda"][seed % 2])
         path.write_text(json.dumps(config | dict(training=dict(steps=steps))))
         if seed == 1:
             tables.check_settings(tmp_path / "a")
