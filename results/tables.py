@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from run import ARMS
 
 import report
+import runs
 from data import photo_of
 
 RESAMPLES = 10_000
@@ -63,11 +64,12 @@ PAIRS = (
 def collect(folder):
     """Writes gains.csv, a row for every arm, seed, task and held-out image: the PSNR before, the
     gains (of exposure where measure.py was run), whether it is one of the hard 30 %; and
-    validation.csv: the gains of every validation. Exits unless an arm's runs have the same
-    settings."""
+    validation.csv: the gains of every validation; training.csv: reward and PSNR of the training
+    crops at every step. Exits unless an arm's runs have the same settings."""
     images = ["arm seed task image psnr_before reward_before".split()]
     images[0] += "hard psnr ssim reward exposure".split()
     validations = ["arm seed step task psnr reward".split()]
+    training = ["arm seed step reward psnr".split()]
     paths = sorted(folder.glob("*/*/report.json"))
     for of_arm in {path.parents[1] for path in paths}:
         check_settings(of_arm)
@@ -85,8 +87,11 @@ def collect(folder):
             for task in found["psnr"]:
                 row = [*of_arm, past["step"], task, found["psnr"][task], found["reward"][task]]
                 validations.append(row)
-    for name, (head, *rows) in (("gains.csv", images), ("validation.csv", validations)):
-        (folder / name).write_text(report.to_csv(head, rows))
+        for row in runs.read_metrics(path.parent):
+            training.append([*of_arm, row["step"], row.get("reward"), row.get("psnr_det")])
+    files = dict(gains=images, validation=validations, training=training)
+    for name, (head, *rows) in files.items():
+        (folder / f"{name}.csv").write_text(report.to_csv(head, rows))
 
 
 def check_settings(folder):
@@ -103,8 +108,10 @@ def check_settings(folder):
 
 
 def read(path):
-    """{arm: rows} of one of the two files, with numbers as such."""
+    """{arm: rows} of one of the files, with numbers as such; {} if it is not there."""
     arms = {}
+    if not path.exists():
+        return arms
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             words = {name: row.pop(name) for name in ("arm", "seed", "task", "image") & row.keys()}
@@ -119,8 +126,7 @@ def pretrained(arms):
     the same images, measured by one reward."""
     first = None
     for arm, rows in arms.items():
-        for seed in seeds_of(rows):
-            mine = [row for row in rows if row["seed"] == seed]
+        for seed, mine in by_seed(rows).items():
             found = {(row["task"], row["image"]): row["psnr_before"] for row in mine}
             first = first or (f"{arm}/{seed}", found, mine)
             same = found.keys() == first[1].keys()
@@ -137,8 +143,10 @@ def pretrained(arms):
 # --------------------------------------------------------------------------------------- intervals
 
 
-def seeds_of(rows):
-    return sorted({row["seed"] for row in rows})
+def by_seed(rows):
+    """{seed: its rows}"""
+    seeds = sorted({row["seed"] for row in rows})
+    return {seed: [row for row in rows if row["seed"] == seed] for seed in seeds}
 
 
 def gains(rows, key, only=None):
@@ -151,7 +159,7 @@ def gains(rows, key, only=None):
         if only is None or bool(row["hard"]) == (only == "hard"):
             cell = row["seed"], photo_of(row["image"]), row["task"]
             cells.setdefault(cell, []).append(row[key])
-    seeds = seeds_of(rows)
+    seeds = [*by_seed(rows)]
     photos = sorted({photo for _, photo, _ in cells})
     tasks = list(dict.fromkeys(task for *_, task in cells))
     shape = len(seeds), len(photos), len(tasks)
@@ -226,7 +234,7 @@ def overall(arms):
     head += ["hard 30 %: dB", "1e-4", "the rest: dB", "1e-4"]
     rows = []
     for arm, of_arm in arms.items():
-        row = [arm, len(seeds_of(of_arm)), cell(gains(of_arm, "psnr")[0])]
+        row = [arm, len(by_seed(of_arm)), cell(gains(of_arm, "psnr")[0])]
         row += [cell(gains(of_arm, key)[0], 1e4, 1) for key in ("ssim", "reward")]
         for part in ("hard", "rest"):
             row.append(f"{mean_of_tasks(gains(of_arm, 'psnr', part)[0]):+.3f}")
@@ -265,6 +273,24 @@ def difference(arms, one, other):
         pick = [seeds.index(s) for s in shared], [others.index(s) for s in shared]
         lines.append(f"{cell(a[pick[0]] - b[pick[1]], scale, digits)} {unit}")
     return f"{one} minus {other}, {len(shared)} seeds: {', '.join(lines)}"
+
+
+def in_training(arms, one, other):
+    """How much higher the reward of the rollouts is in the second half of training under one arm
+    than under another on the same crops, with Student's interval over seeds. arms: rows of
+    training.csv."""
+    means = []
+    for name in (one, other):
+        last = max(row["step"] for row in arms[name])
+        late = [row for row in arms[name] if row["step"] > last / 2]
+        means.append({seed: report.mean(of, "reward") for seed, of in by_seed(late).items()})
+    shared = sorted(means[0].keys() & means[1].keys())
+    values = 1e4 * np.array([means[0][seed] - means[1][seed] for seed in shared])
+    half = np.nan
+    if len(values) > 1:
+        half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    mean, low, high = values.mean(), values.mean() - half, values.mean() + half
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] 1e-4 of the rollouts' reward in training"
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -313,20 +339,22 @@ def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    of_images, of_validations = folder / "gains.csv", folder / "validation.csv"
-    if not of_images.exists() and not of_validations.exists():
+    arms, validations, training = (
+        read(folder / f"{name}.csv") for name in ("gains", "validation", "training")
+    )
+    if not arms and not validations:
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
-    if of_validations.exists():
-        validations = read(of_validations)
+    if validations:
         print(on_validation(validations), "\n")
         plot_curves(folder / "curves.png", validations)
-    if of_images.exists():
-        arms = read(of_images)
+    if arms:
         print(per_task(arms), overall(arms), "", sep="\n\n")
-        for one, other in PAIRS:
-            if {one, other} <= arms.keys():
-                print(difference(arms, one, other))
         plot_gains(folder / "gains.png", arms)
+    for one, other in PAIRS:
+        if {one, other} <= arms.keys():
+            print(difference(arms, one, other))
+        if other == f"{one}-shuffled" and {one, other} <= training.keys():
+            print(f"{one} minus {other}: {in_training(training, one, other)}")
 
 
 if __name__ == "__main__":

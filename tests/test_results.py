@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT
 
@@ -142,6 +143,17 @@ def test_exposure_is_compared_where_all_runs_have_it(tmp_path):
     assert words.endswith("+2000.0 [+2000.0, +2000.0] 1e-4 of exposure")
     write_report(tmp_path / "b/2", lambda *_: 0.0)
     assert "exposure" not in tables.difference(collected(tmp_path), "a", "b")
+
+
+def test_training_rewards_are_compared_late_and_by_seed():
+    def rows(gains):
+        steps = [(seed, step) for seed in range(3) for step in range(1, 5)]
+        return [dict(seed=str(n), step=k, reward=0.5 + n + gains[n] * (k > 2)) for n, k in steps]
+
+    arms = dict(a=rows([0.01, 0.02, 0.03]), b=rows([0, 0, 0]))
+    half = scipy.stats.t.ppf(0.975, 2) * 100 / 3**0.5
+    expected = f"+200.0 [{200 - half:+.1f}, {200 + half:+.1f}] 1e-4"
+    assert tables.in_training(arms, "a", "b").startswith(expected)
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
