@@ -201,3 +201,37 @@ def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
     server.server_close()
     far = (0.299 * 70 + 0.114 * 10) / 255 / 0.2  # of red and blue, over FAR
     assert reply["score"] == pytest.approx(1 + 4 * (1 - far), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(data_root="data"), "is no run of the demo model"),
+        (dict(tasks=["dehaze"]), "is no run of the demo model"),
+        (dict(), "has no last.pt"),
+        (None, "name folders of arms"),
+    ],
+)
+def test_only_whole_runs_of_the_demo_are_measured_again(tmp_path, change, words):
+    if change is not None:
+        write_report(tmp_path / "a/0", lambda *_: 0.0)
+        samples = dict(data_root=None, tasks=[]) | change
+        config = dict(init="/somewhere/weights/demo.pt", samples=samples)
+        (tmp_path / "a/0/config.json").write_text(json.dumps(config))
+    program = [sys.executable, ROOT / "results/measure.py", tmp_path / "a"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stderr
+
+
+def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path):
+    folder = tmp_path / "sft/0"
+    write_report(folder, lambda *_: 0.0)
+    command = f"python train.py --hard-ratio 0.3 --seed 0 --out {folder} --objective sft"
+    (folder / "config.json").write_text(json.dumps(dict(command=command)))
+    (folder / "hard.json").write_text("{}")
+    program = [sys.executable, ROOT / "results/run.py", "--arms", "sft", "--seeds", "0"]
+    program += ["--out", tmp_path]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0  # it is there, and by this command
+    done = subprocess.run([*program, "--flags=--lr 1"], capture_output=True, text=True)
+    assert done.returncode == 1 and "was begun by another command" in done.stdout
