@@ -286,11 +286,12 @@ def in_training(arms, one, other):
         means.append({seed: report.mean(of, "reward") for seed, of in by_seed(late).items()})
     shared = sorted(means[0].keys() & means[1].keys())
     values = 1e4 * np.array([means[0][seed] - means[1][seed] for seed in shared])
-    half = np.nan
+    shown = f"{values.mean():+.1f}"
     if len(values) > 1:
         half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    mean, low, high = values.mean(), values.mean() - half, values.mean() + half
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] 1e-4 of the rollouts' reward in training"
+        shown += f" [{values.mean() - half:+.1f}, {values.mean() + half:+.1f}]"
+    seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+    return f"{shown} 1e-4 of the rollouts' reward in training, {seeds}"
 
 
 # ----------------------------------------------------------------------------------------- figures
