@@ -64,12 +64,13 @@ PAIRS = (
 def collect(folder):
     """Writes gains.csv, a row for every arm, seed, task and held-out image: the PSNR before, the
     gains (of exposure where measure.py was run), whether it is one of the hard 30 %; and
-    validation.csv: the gains of every validation; training.csv: reward and PSNR of the training
-    crops at every step. Exits unless an arm's runs have the same settings."""
+    validation.csv: the gains of every validation; training.csv: of every step the rewards of the
+    rollouts, the PSNR of the mean action and of the best rollout, L_sup and L_cons. Exits unless
+    an arm's runs have the same settings."""
     images = ["arm seed task image psnr_before reward_before".split()]
     images[0] += "hard psnr ssim reward exposure".split()
     validations = ["arm seed step task psnr reward".split()]
-    training = ["arm seed step reward psnr".split()]
+    training = ["arm seed step reward psnr_det psnr_best loss/sup loss/cons".split()]
     paths = sorted(folder.glob("*/*/report.json"))
     for of_arm in {path.parents[1] for path in paths}:
         check_settings(of_arm)
@@ -88,7 +89,7 @@ def collect(folder):
                 row = [*of_arm, past["step"], task, found["psnr"][task], found["reward"][task]]
                 validations.append(row)
         for row in runs.read_metrics(path.parent):
-            training.append([*of_arm, row["step"], row.get("reward"), row.get("psnr_det")])
+            training.append([*of_arm, row["step"], *(row.get(name) for name in training[0][3:])])
     files = dict(gains=images, validation=validations, training=training)
     for name, (head, *rows) in files.items():
         (folder / f"{name}.csv").write_text(report.to_csv(head, rows))
@@ -243,13 +244,18 @@ def overall(arms):
     return report.markdown(head, rows)
 
 
+def last_validations(rows):
+    """{seed: the row of the mean over tasks at the end}, of one arm's rows of validation.csv."""
+    means = [row for row in rows if row["task"] == "mean"]
+    return {row["seed"]: row for row in sorted(means, key=lambda row: row["step"])}
+
+
 def on_validation(arms):
     """The gains at the last validation, which is what settings are chosen on: their mean over
     seeds, and the lowest and highest seed. arms: rows of validation.csv."""
     rows = []
     for arm, of_arm in arms.items():
-        means = [row for row in of_arm if row["task"] == "mean"]
-        last = {row["seed"]: row for row in sorted(means, key=lambda row: row["step"])}
+        last = last_validations(of_arm)
         row = [arm, len(last)]
         for key, scale, digits in (("psnr", 1, 3), ("reward", 1e4, 1)):
             found = [scale * of_seed[key] for of_seed in last.values()]
@@ -273,6 +279,18 @@ def difference(arms, one, other):
         pick = [seeds.index(s) for s in shared], [others.index(s) for s in shared]
         lines.append(f"{cell(a[pick[0]] - b[pick[1]], scale, digits)} {unit}")
     return f"{one} minus {other}, {len(shared)} seeds: {', '.join(lines)}"
+
+
+def in_validation(arms, one, other):
+    """The same on the validation images: the mean, and how many seeds are above 0."""
+    last = last_validations(arms[one]), last_validations(arms[other])
+    shared = sorted(last[0].keys() & last[1].keys())
+    parts = []
+    for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")):
+        values = [scale * (last[0][seed][key] - last[1][seed][key]) for seed in shared]
+        above = sum(value > 0 for value in values)
+        parts.append(f"{np.mean(values):+.{digits}f} ({above} of {len(shared)} above 0) {unit}")
+    return f"validation {', '.join(parts)}"
 
 
 def in_training(arms, one, other):
@@ -354,6 +372,8 @@ def main():
     for one, other in PAIRS:
         if {one, other} <= arms.keys():
             print(difference(arms, one, other))
+        if {one, other} <= validations.keys():
+            print(f"{one} minus {other}: {in_validation(validations, one, other)}")
         if other == f"{one}-shuffled" and {one, other} <= training.keys():
             print(f"{one} minus {other}: {in_training(training, one, other)}")
 

@@ -98,6 +98,9 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     rows = (tmp_path / "gains.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 12  # five runs of 12 images
     assert rows[1] == "a,0,rain,a.png,20.000000,0.400000,1,0.500000,0.000000,0.005000,"
+    validations = tables.read(tmp_path / "validation.csv")
+    same = "+0.000 (0 of 2 above 0) dB, +0.0 (0 of 2 above 0) 1e-4"
+    assert tables.in_validation(validations, "a", "b") == f"validation {same}"
     rows = (tmp_path / "validation.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 2 * 3  # two validations of two tasks and their mean
     assert rows[6] == "a,0,1,mean,1.500000,1.500000"
