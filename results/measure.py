@@ -3,8 +3,9 @@ default, whatever they were trained by, and the known answer of exposure_judge.p
 
     python results/measure.py runs/results/judged runs/results/judged-shuffled
 
-Writes both into the rows of each report.json, which results/tables.py reads; report.md stays as it
-is. Arms of another --rewards (general-alone, task-alone) need it before they are compared.
+Writes both, and the same of the validation photographs, into each report.json, which
+results/tables.py reads; report.md stays as it is. Arms of another --rewards (general-alone,
+task-alone) need it before they are compared.
 """
 
 import json
@@ -26,8 +27,8 @@ from model import load_adair, load_pretrained, read_checkpoint, restore
 from policy import load_policy
 
 
-def measure(restoring):
-    """A row for every held-out photograph of the demo, as restoring(image) gives it."""
+def measure(samples, restoring):
+    """A row for every sample, as restoring(image) gives it."""
     reward = rewards.Reward(rewards.parse_terms("default"))
 
     def also(sample, degraded, restored, gt):
@@ -35,7 +36,7 @@ def measure(restoring):
         exposure = closeness(seen.item(), true.item())
         return dict(reward=reward.of_image(restored, gt, sample.task), exposure=exposure)
 
-    return evaluate(restoring, tqdm(list_training(None).held_out, leave=False), also)
+    return evaluate(restoring, tqdm(samples, leave=False), also)
 
 
 def check(folder):
@@ -54,17 +55,22 @@ def main():
     paths = sorted(path for arm in sys.argv[1:] for path in Path(arm).glob("*/report.json"))
     if not paths:
         sys.exit("results/measure.py: name folders of arms, which hold SEED/report.json")
-    before = None
+    demo, pretrained = list_training(None), load_pretrained(DEMO_MODEL, "fraction")
+    parts = {"": demo.held_out, "val_": demo.val}
+    before = {}
     for path in paths:
         check(path.parent)
         stored = json.loads(path.read_text())
-        if "exposure" in stored["after"][0]:
-            continue
-        before = before or measure(partial(restore, load_pretrained(DEMO_MODEL, "fraction")))
         checkpoint = read_checkpoint(path.parent / "last.pt")
         model, policy = load_adair(path.parent / "last.pt", checkpoint), load_policy(checkpoint)
-        after = measure(partial(restore, model, controller=policy.mean()))
-        runs.save_json(path, stored | dict(before=before, after=after))
+        for part, samples in parts.items():
+            if "exposure" in stored.get(f"{part}after", [{}])[0]:
+                continue
+            if part not in before:
+                before[part] = measure(samples, partial(restore, pretrained))
+            after = measure(samples, partial(restore, model, controller=policy.mean()))
+            stored |= {f"{part}before": before[part], f"{part}after": after}
+            runs.save_json(path, stored)
         print(path, flush=True)
 
 

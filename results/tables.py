@@ -58,41 +58,56 @@ PAIRS = (
 )
 
 
-# --------------------------------------------------------------------------------------- two files
+# ------------------------------------------------------------------------------------------- files
 
 
 def collect(folder):
-    """Writes gains.csv, a row for every arm, seed, task and held-out image: the PSNR before, the
-    gains (of exposure where measure.py was run), whether it is one of the hard 30 %; and
-    validation.csv: the gains of every validation; training.csv: of every step the rewards of the
-    rollouts, the PSNR of the mean action and of the best rollout, L_sup and L_cons. Exits unless
-    an arm's runs have the same settings."""
-    images = ["arm seed task image psnr_before reward_before".split()]
-    images[0] += "hard psnr ssim reward exposure".split()
-    validations = ["arm seed step task psnr reward".split()]
-    training = ["arm seed step reward psnr_det psnr_best loss/sup loss/cons".split()]
+    """Writes the files of the runs in a folder, a row for every arm and seed and:
+
+    gains.csv: for every held-out image the PSNR and reward before, whether it is one of the hard
+    30 %, and the gains (of exposure where measure.py was run); measured.csv: the same of the
+    validation images, where measure.py was run; validation.csv: the gains of every validation;
+    training.csv: of every step the rewards of the rollouts, the PSNR of the mean action and of the
+    best rollout, L_sup and L_cons. Exits unless an arm's runs have the same settings.
+    """
+    head = "arm seed task image psnr_before reward_before hard psnr ssim reward exposure".split()
+    files = dict(
+        gains=[head],
+        measured=[head],
+        validation=["arm seed step task psnr reward".split()],
+        training=["arm seed step reward psnr_det psnr_best loss/sup loss/cons".split()],
+    )
     paths = sorted(folder.glob("*/*/report.json"))
     for of_arm in {path.parents[1] for path in paths}:
         check_settings(of_arm)
     for path in paths:
-        of_arm = [path.parts[-3], path.parts[-2]]
+        of_run = [path.parts[-3], path.parts[-2]]
         stored = json.loads(path.read_text())
-        for i, (old, new) in enumerate(zip(stored["before"], stored["after"])):
-            row = [*of_arm, old["task"], old["name"], old["psnr"], old["reward"]]
-            row.append(int(i in stored["hard"]))
-            for key in ("psnr", "ssim", "reward", "exposure"):
-                row.append(new[key] - old[key] if key in old else None)
-            images.append(row)
+        files["gains"] += compared(of_run, stored["before"], stored["after"], stored["hard"])
+        on_val = stored.get("val_before", []), stored.get("val_after", [])
+        files["measured"] += compared(of_run, *on_val)
         history = stored["validation"]
         for past, found in zip(history, report.gains_since_start(history)):
             for task in found["psnr"]:
-                row = [*of_arm, past["step"], task, found["psnr"][task], found["reward"][task]]
-                validations.append(row)
+                row = [*of_run, past["step"], task, found["psnr"][task], found["reward"][task]]
+                files["validation"].append(row)
+        names = files["training"][0][3:]
         for row in runs.read_metrics(path.parent):
-            training.append([*of_arm, row["step"], *(row.get(name) for name in training[0][3:])])
-    files = dict(gains=images, validation=validations, training=training)
+            files["training"].append([*of_run, row["step"], *(row.get(name) for name in names)])
     for name, (head, *rows) in files.items():
-        (folder / f"{name}.csv").write_text(report.to_csv(head, rows))
+        if rows:
+            (folder / f"{name}.csv").write_text(report.to_csv(head, rows))
+
+
+def compared(of_run, before, after, hard=()):
+    """The rows of images, before and after."""
+    rows = []
+    for i, (old, new) in enumerate(zip(before, after)):
+        row = [*of_run, old["task"], old["name"], old["psnr"], old["reward"], int(i in hard)]
+        for key in ("psnr", "ssim", "reward", "exposure"):
+            row.append(new[key] - old[key] if key in old else None)
+        rows.append(row)
+    return rows
 
 
 def check_settings(folder):
@@ -358,8 +373,8 @@ def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    arms, validations, training = (
-        read(folder / f"{name}.csv") for name in ("gains", "validation", "training")
+    arms, measured, validations, training = (
+        read(folder / f"{name}.csv") for name in ("gains", "measured", "validation", "training")
     )
     if not arms and not validations:
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
@@ -374,6 +389,8 @@ def main():
             print(difference(arms, one, other))
         if {one, other} <= validations.keys():
             print(f"{one} minus {other}: {in_validation(validations, one, other)}")
+        if {one, other} <= measured.keys():
+            print(f"validation images: {difference(measured, one, other)}")
         if other == f"{one}-shuffled" and {one, other} <= training.keys():
             print(f"{one} minus {other}: {in_training(training, one, other)}")
 
