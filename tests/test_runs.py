@@ -288,7 +288,7 @@ for _ in range(10):
 print(pages() - before)
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert int(found.stdout) < 40_000
+    assert int(found.stdout) < 5 * 16_384  # the heap may still grow a few times
 
 
 # ---------------------------------------------------------------------------- bad steps, bad images
