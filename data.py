@@ -679,6 +679,11 @@ class Crops(torch.utils.data.Dataset):
             if len(members) < most:
                 members.append(n)
 
+    def batches_of_each_task(self, most):
+        """Yields a Batch of `most` crops of every task (`of_each_task`)."""
+        for numbers in self.of_each_task(most).values():
+            yield self.collate([self[n] for n in numbers])
+
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
         epoch, position = divmod(n, len(self.samples))

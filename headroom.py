@@ -335,8 +335,7 @@ def measure(config):
     training = Crops([s for s in train if s.task in tasks], config.crop, config.seed)
     if not training.samples:
         raise DataError("none of the training images can be used")
-    numbers = training.of_each_task(USUAL).values()
-    usual = (training.collate([training[n] for n in of_task]).degraded for of_task in numbers)
+    usual = (batch.degraded for batch in training.batches_of_each_task(USUAL))
     policy.fit(states_on(model, policy, usual))
     learn(model, reward, policy, training, config)
     learned = {"learnable": (model, policy)} | ({"this run": run} if run else {})

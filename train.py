@@ -78,8 +78,7 @@ class State:
         policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
         policy = policy.to(config.device)
         if not checkpoint:
-            numbers = crops.of_each_task(USUAL).values()
-            usual = (crops.collate([crops[n] for n in of_task]).degraded for of_task in numbers)
+            usual = (batch.degraded for batch in crops.batches_of_each_task(USUAL))
             policy.fit(states_on(model, policy, usual))
         policy.requires_grad_(not training.freeze_heads)
         groups = []

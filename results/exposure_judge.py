@@ -22,9 +22,9 @@ from rewards import luma
 FAR = 0.2  # a difference of mean luminance that is worth the lowest score
 
 
-def mean_luminance(url):
-    """Of the image in a data URL, in [0, 1]."""
-    return luma(read_source(url)[None]).mean().item()
+def mean_luminance(image):
+    """Of an image (3, H, W) in [0, 1]."""
+    return luma(image[None]).mean().item()
 
 
 def closeness(restored, gt):
@@ -54,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = request["messages"][0]["content"]
         urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-        gt, _, restored = map(mean_luminance, urls)  # in the order of the judge's prompt
+        # in the order of the judge's prompt
+        gt, _, restored = (mean_luminance(read_source(url)) for url in urls)
         self.reply(completion(closeness(restored, gt)))
 
     def reply(self, answer):

@@ -38,13 +38,8 @@ MAIN = {
 }
 # As long as 120 steps of irpo on two CPU cores: medians of step_time in metrics.jsonl are 0.75 s
 # for irpo, 0.31 for sft, 0.32 for reward, 0.42 for rl.
-TIME = {
-    "sft-time": "--objective sft --steps 295",
-    "reward-time": "--objective reward --steps 280",
-    "reward-sft-time": "--objective reward+sft --steps 280",
-    "rl-time": "--freeze-backbone --steps 215",
-    "rl-shuffled-time": "--freeze-backbone --shuffle-advantages --steps 215",
-}
+STEPS = {"sft": 295, "reward": 280, "reward-sft": 280, "rl": 215, "rl-shuffled": 215}
+TIME = {f"{arm}-time": f"{MAIN[arm]} --steps {steps}" for arm, steps in STEPS.items()}
 DATA = {  # Figure 5: of every task, as the paper has it
     "hard-30": "--hard-scope task",
     "random-30": "--hard-scope task --select random",

@@ -1,9 +1,9 @@
 """Tables from runs, with 95 % intervals.
 
-    python results/tables.py runs/results      of the runs there; leaves gains.csv, validation.csv
+    python results/tables.py runs/results      of the runs there; leaves small files (`collect`)
     python results/tables.py results/main      of such files alone: the runs we made
 
-and gains.png, curves.png.
+Both leave gains.png and curves.png beside them.
 
 Run folders are ARM/SEED, as results/run.py leaves them. Intervals are from bootstraps over
 photographs and over seeds (`interval`); with a photograph come all its draws and tasks. A
@@ -27,6 +27,8 @@ import runs
 from data import photo_of
 
 RESAMPLES = 10_000
+KEYS = (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4"))  # with scale, digits and unit
+PANELS = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
 # Which arms answer a question together: the second is the control of the first.
 PAIRS = (
     ("irpo", "sft"),
@@ -141,19 +143,24 @@ def pretrained(arms):
     """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
     the same images, measured by one reward."""
     first = None
-    for arm, rows in arms.items():
-        for seed, mine in by_seed(rows).items():
-            found = {(row["task"], row["image"]): row["psnr_before"] for row in mine}
-            first = first or (f"{arm}/{seed}", found, mine)
-            same = found.keys() == first[1].keys()
-            if not same or any(abs(psnr - first[1][key]) > 0.01 for key, psnr in found.items()):
+    for arm, of_arm in arms.items():
+        for seed, of_run in by_seed(of_arm).items():
+            name, rows = f"{arm}/{seed}", {(row["task"], row["image"]): row for row in of_run}
+            first = first or (name, rows)
+            same = rows.keys() == first[1].keys()
+            if not same or differ("psnr_before", rows, first[1], 0.01):
                 another = "began with another model, or was measured on other images, than"
-                sys.exit(f"results/tables.py: {arm}/{seed} {another} {first[0]}")
-            pairs = zip(mine, first[2])
-            if any(abs(a["reward_before"] - b["reward_before"]) > 1e-3 for a, b in pairs):
+                sys.exit(f"results/tables.py: {name} {another} {first[0]}")
+            if differ("reward_before", rows, first[1], 1e-3):
                 hint = f"was measured by another reward than {first[0]}: run results/measure.py"
-                sys.exit(f"results/tables.py: {arm}/{seed} {hint}")
-    return {task: report.mean(of, "psnr_before") for task, of in report.by_task(first[2]).items()}
+                sys.exit(f"results/tables.py: {name} {hint}")
+    tasks = report.by_task(list(first[1].values()))
+    return {task: report.mean(rows, "psnr_before") for task, rows in tasks.items()}
+
+
+def differ(key, rows, others, by):
+    """Whether two runs, {image: row} each, differ by more than that on any image."""
+    return any(abs(row[key] - others[image][key]) > by for image, row in rows.items())
 
 
 # --------------------------------------------------------------------------------------- intervals
@@ -221,10 +228,14 @@ def interval(values, seed=0):
     return mean, mean - half, mean + half
 
 
+def shown(mean, low, high, digits):
+    """A mean with its interval, if it has one."""
+    text = f"{mean:+.{digits}f}"
+    return text if np.isnan(low) else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def cell(values, scale=1.0, digits=3):
-    mean, low, high = (scale * v for v in interval(values))
-    shown = f"{mean:+.{digits}f}"
-    return shown if np.isnan(low) else f"{shown} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return shown(*(scale * v for v in interval(values)), digits)
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -272,7 +283,7 @@ def on_validation(arms):
     for arm, of_arm in arms.items():
         last = last_validations(of_arm)
         row = [arm, len(last)]
-        for key, scale, digits in (("psnr", 1, 3), ("reward", 1e4, 1)):
+        for key, scale, digits, _ in KEYS:
             found = [scale * of_seed[key] for of_seed in last.values()]
             three = np.mean(found), min(found), max(found)
             mean, low, high = (f"{value:+.{digits}f}" for value in three)
@@ -283,7 +294,7 @@ def on_validation(arms):
 
 def difference(arms, one, other):
     """How much more one arm gains than another on the same seeds."""
-    lines, keys = [], [("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")]
+    lines, keys = [], [*KEYS]
     if all("exposure" in row for name in (one, other) for row in arms[name]):
         keys.append(("exposure", 1e4, 1, "1e-4 of exposure"))
     for key, scale, digits, unit in keys:
@@ -301,7 +312,7 @@ def in_validation(arms, one, other):
     last = last_validations(arms[one]), last_validations(arms[other])
     shared = sorted(last[0].keys() & last[1].keys())
     parts = []
-    for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4")):
+    for key, scale, digits, unit in KEYS:
         values = [scale * (last[0][seed][key] - last[1][seed][key]) for seed in shared]
         above = sum(value > 0 for value in values)
         parts.append(f"{np.mean(values):+.{digits}f} ({above} of {len(shared)} above 0) {unit}")
@@ -319,12 +330,12 @@ def in_training(arms, one, other):
         means.append({seed: report.mean(of, "reward") for seed, of in by_seed(late).items()})
     shared = sorted(means[0].keys() & means[1].keys())
     values = 1e4 * np.array([means[0][seed] - means[1][seed] for seed in shared])
-    shown = f"{values.mean():+.1f}"
+    mean, half, seeds = values.mean(), np.nan, "1 seed"
     if len(values) > 1:
         half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-        shown += f" [{values.mean() - half:+.1f}, {values.mean() + half:+.1f}]"
-    seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
-    return f"{shown} 1e-4 of the rollouts' reward in training, {seeds}"
+        seeds = f"{len(values)} seeds"
+    difference = shown(mean, mean - half, mean + half, 1)
+    return f"{difference} 1e-4 of the rollouts' reward in training, {seeds}"
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -334,8 +345,7 @@ def plot_gains(path, arms):
     """The gains of every arm with their intervals."""
     plt = report.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1), sharey=True)
-    panels = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
-    for axis, (key, scale, title) in zip(axes, panels):
+    for axis, (key, scale, title) in zip(axes, PANELS):
         for y, rows in enumerate(arms.values()):
             mean, low, high = (scale * value for value in interval(gains(rows, key)[0]))
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{y % 10}")
@@ -353,8 +363,7 @@ def plot_curves(path, arms):
     validation.csv."""
     plt = report.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    panels = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
-    for axis, (key, scale, title) in zip(axes, panels):
+    for axis, (key, scale, title) in zip(axes, PANELS):
         for i, (arm, rows) in enumerate(arms.items()):
             means = [row for row in rows if row["task"] == "mean"]
             steps = sorted({row["step"] for row in means})
