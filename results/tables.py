@@ -3,7 +3,7 @@
     python results/tables.py runs/results      of the runs there; leaves small files (`collect`)
     python results/tables.py results/main      of such files alone: the runs we made
 
-Both leave gains.png and curves.png beside them.
+Both leave gains.png, curves.png and training.png beside them.
 
 Run folders are ARM/SEED, as results/run.py leaves them. Intervals are from bootstraps over
 photographs and over seeds (`interval`); with a photograph come all its draws and tasks. A
@@ -27,6 +27,8 @@ import runs
 from data import photo_of
 
 RESAMPLES = 10_000
+WINDOW = 40  # steps; D_hard of the demo is passed over in 49
+WORDS = {"arm", "seed", "set", "task", "image"}  # columns that hold no numbers
 KEYS = (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4"))  # with scale, digits and unit
 PANELS = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
 # Which arms answer a question together: the second is the control of the first.
@@ -70,14 +72,14 @@ def collect(folder):
     30 %, and the gains (of exposure where measure.py was run); measured.csv: the same of the
     validation images, where measure.py was run; validation.csv: the gains of every validation;
     training.csv: of every step the rewards of the rollouts, the PSNR of the mean action and of the
-    best rollout, L_sup and L_cons. Exits unless an arm's runs have the same settings.
+    best rollout, L_sup, L_cons and L_total. Exits unless an arm's runs have the same settings.
     """
     head = "arm seed task image psnr_before reward_before hard psnr ssim reward exposure".split()
     files = dict(
         gains=[head],
         measured=[head],
         validation=["arm seed step task psnr reward".split()],
-        training=["arm seed step reward psnr_det psnr_best loss/sup loss/cons".split()],
+        training=["arm seed step reward psnr_det psnr_best loss/sup loss/cons loss/total".split()],
     )
     paths = sorted(folder.glob("*/*/report.json"))
     for of_arm in {path.parents[1] for path in paths}:
@@ -132,7 +134,7 @@ def read(path):
         return arms
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            words = {name: row.pop(name) for name in ("arm", "seed", "task", "image") & row.keys()}
+            words = {name: row.pop(name) for name in WORDS & row.keys()}
             numbers = {name: float(value) for name, value in row.items() if value}
             arms.setdefault(words["arm"], []).append(words | numbers)
     known = [*ARMS, *arms]
@@ -378,6 +380,29 @@ def plot_curves(path, arms):
     plt.close(figure)
 
 
+def plot_training(path, arms):
+    """Figure 6: L_total and the mean reward of the rollouts while training, means over seeds and
+    over WINDOW steps, since a step's two crops differ from the next one's; arms: rows of
+    training.csv, of which those without rollouts are left out."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axis, (key, title) in zip(axes, (("loss/total", "total loss"), ("reward", "reward mean"))):
+        for i, (arm, rows) in enumerate(arms.items()):
+            rows = [row for row in rows if "reward" in row]
+            steps = sorted({row["step"] for row in rows})
+            if len(steps) < WINDOW or any(key not in row for row in rows):
+                continue
+            values = [np.mean([r[key] for r in rows if r["step"] == s]) for s in steps]
+            smooth = np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid")
+            axis.plot(steps[WINDOW - 1 :], smooth, "-" if i < 10 else "--", label=arm)
+        axis.set_xlabel(f"step (mean of the last {WINDOW})")
+        axis.set_ylabel(title)
+    axes[1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
     if list(folder.glob("*/*/report.json")):
@@ -390,6 +415,8 @@ def main():
     if validations:
         print(on_validation(validations), "\n")
         plot_curves(folder / "curves.png", validations)
+    if training:
+        plot_training(folder / "training.png", training)
     if arms:
         print(per_task(arms), overall(arms), "", sep="\n\n")
         plot_gains(folder / "gains.png", arms)

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
+import benchmarks
 import exposure_judge
 import tables
 
@@ -238,3 +239,31 @@ def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path):
     assert done.returncode == 0  # it is there, and by this command
     done = subprocess.run([*program, "--flags=--lr 1"], capture_output=True, text=True)
     assert done.returncode == 1 and "was begun by another command" in done.stdout
+
+
+def test_test_sets_are_shown_as_the_mean_of_the_seeds(tmp_path):
+    """Two sets of Table 2, a σ that has no column there, and one set out of domain."""
+    sets = {"Rain100L": "derain", "BSD68 σ=25": "denoise25", "BSD68 σ=15": "denoise15"}
+    sets["PolyU"] = "PolyU"
+    for seed in (0, 1):
+        lines = ["set,method,task,image,psnr_in,psnr,ssim"]
+        for number, (name, task) in enumerate(sets.items()):
+            for image in ("a.png", "b.png"):
+                after = 20 + 10 * number + 0.1 * (number + 1) + 0.02 * seed
+                lines.append(f"{name},before,{task},{image},10,{20 + 10 * number},0.5")
+                lines.append(f"{name},after,{task},{image},10,{after},0.51")
+        (tmp_path / f"sft/{seed}").mkdir(parents=True)
+        (tmp_path / f"sft/{seed}/eval-images.csv").write_text("\n".join(lines))
+    benchmarks.collect(tmp_path)
+    arms = tables.read(tmp_path / "tests.csv")
+    shown = benchmarks.layout(benchmarks.by_method(arms))
+    in_domain = [line.split() for line in shown.split("\n\n")[1].splitlines()]
+    assert " ".join(in_domain[0]) == (
+        "| Method | Deraining Rain100L | Denoising BSD68 σ=25 | Average |"
+    )
+    assert " ".join(in_domain[2]) == "| pre-trained | 20.00/0.500 | 30.00/0.500 | 25.00/0.500 |"
+    assert " ".join(in_domain[3]) == "| sft | 20.11/0.510 | 30.21/0.510 | 25.16/0.510 |"
+    (gain,) = (line for line in benchmarks.gains(arms).splitlines() if line.startswith("| sft"))
+    _, _, seeds, five, foreign, _ = (cell.strip() for cell in gain.split("|"))
+    assert seeds == "2" and five.startswith("+0.160 [") and foreign.startswith("+0.410 [")
+    assert five.endswith("+100.0 [+100.0, +100.0]")

@@ -1,0 +1,106 @@
+"""Tables 2 and 3 of several runs, from what eval.py left in their folders, with 95 % intervals.
+
+    python results/benchmarks.py runs/real       of ARM/SEED/eval-images.csv there; leaves tests.csv
+    python results/benchmarks.py results/real    of such a file alone: of the runs we made
+
+A figure is the mean over seeds. Intervals are from bootstraps over images and over seeds
+(tables.interval); an image under several σ is one image.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tables
+
+import report
+from data import TASKS
+from eval import tables as layout
+
+KEYS = (("psnr", 1, 3), ("ssim", 1e4, 1))  # with scale and digits
+
+
+def collect(folder):
+    """Writes tests.csv: for every image of every test set the PSNR and SSIM before, and what the
+    runs gain, a row for every arm and seed. Exits unless an arm's runs have the same settings."""
+    rows = []
+    paths = sorted(folder.glob("*/*/eval-images.csv"))
+    for of_arm in {path.parents[1] for path in paths}:
+        tables.check_settings(of_arm)
+    for path in paths:
+        with open(path, newline="") as file:
+            found = list(csv.DictReader(file))
+        before = {(r["set"], r["image"]): r for r in found if r["method"] == "before"}
+        for row in (r for r in found if r["method"] == "after"):
+            old = before[row["set"], row["image"]]
+            start = [float(old[key]) for key, *_ in KEYS]
+            change = [float(row[key]) - value for (key, *_), value in zip(KEYS, start)]
+            names = [row[name] for name in ("set", "task", "image")]
+            rows.append([*path.parts[-3:-1], *names, *start, *change])
+    head = "arm seed set task image psnr_before ssim_before psnr ssim".split()
+    (folder / "tests.csv").write_text(report.to_csv(head, rows))
+
+
+def by_method(arms):
+    """{set: {method: rows with psnr and ssim}}, as eval.tables takes them."""
+    results = {}
+    for arm, rows in arms.items():
+        for row in rows:
+            of_set = results.setdefault(row["set"], {})
+            start = {key: row[f"{key}_before"] for key, *_ in KEYS}
+            after = {key: row[key] + start[key] for key in start}
+            of_set.setdefault("pre-trained", []).append(dict(task=row["task"], **start))
+            of_set.setdefault(arm, []).append(dict(task=row["task"], **after))
+    return results
+
+
+def groups(rows):
+    """{title: rows}: the five sets of Table 2, and each set out of domain."""
+    parts = {"in domain": [row for row in rows if row["task"] in TASKS]}
+    parts["in domain"] = [row for row in parts["in domain"] if TASKS[row["task"]].title]
+    for row in rows:
+        if row["task"] not in TASKS:
+            parts.setdefault(row["set"], []).append(row)
+    return parts
+
+
+def gains(arms):
+    """The mean gains of PSNR and SSIM over the pre-trained model, with intervals."""
+    head, lines = ["gain: dB, 1e-4 of SSIM", "seeds"], []
+    for arm, rows in arms.items():
+        parts = groups(rows)
+        cells = [
+            ", ".join(tables.cell(tables.gains(of, key)[0], *rest) for key, *rest in KEYS)
+            for of in parts.values()
+        ]
+        lines.append([arm, len(tables.by_seed(rows)), *cells])
+    return report.markdown([*head, *parts], lines)
+
+
+def difference(arms, one, other):
+    """How much more PSNR and SSIM one arm gains than another, on the seeds that both have."""
+    shared = tables.by_seed(arms[one]).keys() & tables.by_seed(arms[other]).keys()
+    pair = ([row for row in arms[name] if row["seed"] in shared] for name in (one, other))
+    words = []
+    for (title, a), (_, b) in zip(*(groups(rows).items() for rows in pair)):
+        for key, *rest in KEYS:
+            change = tables.gains(a, key)[0] - tables.gains(b, key)[0]
+            words.append(f"{title} {key} {tables.cell(change, *rest)}")
+    return f"{one} minus {other}, {len(shared)} seeds: {', '.join(words)}"
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/real")
+    if list(folder.glob("*/*/eval-images.csv")):
+        collect(folder)
+    arms = tables.read(folder / "tests.csv")
+    if not arms:
+        sys.exit(f"results/benchmarks.py: {folder} holds no ARM/SEED/eval-images.csv: run eval.py")
+    print(layout(by_method(arms)), gains(arms), "", sep="\n")
+    for one, other in (pair for pair in tables.PAIRS if {*pair} <= arms.keys()):
+        print(difference(arms, one, other))
+
+
+if __name__ == "__main__":
+    main()
