@@ -381,22 +381,31 @@ def plot_curves(path, arms):
 
 
 def plot_training(path, arms):
-    """Figure 6: L_total and the mean reward of the rollouts while training, means over seeds and
-    over WINDOW steps, since a step's two crops differ from the next one's; arms: rows of
-    training.csv, of which those without rollouts are left out."""
+    """Figure 6: L_total and the mean reward of the rollouts while training, and that reward against
+    the mean of the arms: a step's few crops move it more than training does. Means over the seeds
+    that arms share and over WINDOW steps; arms: rows of training.csv. Those without rollouts are
+    left out."""
+    arms = {arm: by_seed(rows) for arm, rows in arms.items() if "reward" in rows[0]}
+    shared = set.intersection(*(set(seeds) for seeds in arms.values())) if arms else ()
+    if not shared:
+        return
+
+    def curve(seeds, key):
+        of_seeds = [[row[key] for row in seeds[seed]] for seed in sorted(shared)]
+        return np.convolve(np.mean(of_seeds, axis=0), np.ones(WINDOW) / WINDOW, mode="valid")
+
+    losses, rewards = ([curve(of, key) for of in arms.values()] for key in ("loss/total", "reward"))
+    panels = {"total loss": losses, "reward mean": rewards}
+    panels["reward mean, against the arms' mean"] = rewards - np.mean(rewards, axis=0)
     plt = report.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, (key, title) in zip(axes, (("loss/total", "total loss"), ("reward", "reward mean"))):
-        for i, (arm, rows) in enumerate(arms.items()):
-            rows = [row for row in rows if "reward" in row]
-            steps = sorted({row["step"] for row in rows})
-            if len(steps) < WINDOW or any(key not in row for row in rows):
-                continue
-            values = [np.mean([r[key] for r in rows if r["step"] == s]) for s in steps]
-            smooth = np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid")
-            axis.plot(steps[WINDOW - 1 :], smooth, "-" if i < 10 else "--", label=arm)
-        axis.set_xlabel(f"step (mean of the last {WINDOW})")
-        axis.set_ylabel(title)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    of_seeds = "1 seed" if len(shared) == 1 else f"{len(shared)} seeds"
+    for axis, (title, curves) in zip(axes, panels.items()):
+        for i, (arm, values) in enumerate(zip(arms, curves)):
+            steps = WINDOW + np.arange(len(values))
+            axis.plot(steps, values, "-" if i % 2 else "--", color=f"C{i % 10}", label=arm)
+        axis.set_xlabel(f"step (mean of the last {WINDOW}, {of_seeds})")
+        axis.set_title(title, fontsize=9)
     axes[1].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
