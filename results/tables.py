@@ -20,6 +20,7 @@ import numpy as np
 import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import figures
 from run import ARMS
 
 import report
@@ -27,10 +28,8 @@ import runs
 from data import photo_of
 
 RESAMPLES = 10_000
-WINDOW = 40  # steps; D_hard of the demo is passed over in 49
 WORDS = {"arm", "seed", "set", "task", "image"}  # columns that hold no numbers
 KEYS = (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4"))  # with scale, digits and unit
-PANELS = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
 # Which arms answer a question together: the second is the control of the first.
 PAIRS = (
     ("irpo", "sft"),
@@ -340,76 +339,7 @@ def in_training(arms, one, other):
     return f"{difference} 1e-4 of the rollouts' reward in training, {seeds}"
 
 
-# ----------------------------------------------------------------------------------------- figures
-
-
-def plot_gains(path, arms):
-    """The gains of every arm with their intervals."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1), sharey=True)
-    for axis, (key, scale, title) in zip(axes, PANELS):
-        for y, rows in enumerate(arms.values()):
-            mean, low, high = (scale * value for value in interval(gains(rows, key)[0]))
-            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{y % 10}")
-        axis.axvline(0, color="black", linewidth=0.5)
-        axis.set_xlabel(title)
-    axes[0].set_yticks(range(len(arms)), arms)
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def plot_curves(path, arms):
-    """Gains on the validation images over the steps, means over seeds; arms: rows of
-    validation.csv."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, (key, scale, title) in zip(axes, PANELS):
-        for i, (arm, rows) in enumerate(arms.items()):
-            means = [row for row in rows if row["task"] == "mean"]
-            steps = sorted({row["step"] for row in means})
-            values = [scale * np.mean([r[key] for r in means if r["step"] == s]) for s in steps]
-            axis.plot(steps, values, "-" if i < 10 else "--", color=f"C{i % 10}", label=arm)
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_xlabel("step")
-        axis.set_ylabel(f"validation: {title}")
-    axes[1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def plot_training(path, arms):
-    """Figure 6: L_total and the mean reward of the rollouts while training, and that reward against
-    the mean of the arms: a step's few crops move it more than training does. Means over the seeds
-    that arms share and over WINDOW steps; arms: rows of training.csv. Those without rollouts are
-    left out."""
-    arms = {arm: by_seed(rows) for arm, rows in arms.items() if "reward" in rows[0]}
-    shared = set.intersection(*(set(seeds) for seeds in arms.values())) if arms else ()
-    if not shared:
-        return
-
-    def curve(seeds, key):
-        of_seeds = [[row[key] for row in seeds[seed]] for seed in sorted(shared)]
-        return np.convolve(np.mean(of_seeds, axis=0), np.ones(WINDOW) / WINDOW, mode="valid")
-
-    losses, rewards = ([curve(of, key) for of in arms.values()] for key in ("loss/total", "reward"))
-    panels = {"total loss": losses, "reward mean": rewards}
-    panels["reward mean, against the arms' mean"] = rewards - np.mean(rewards, axis=0)
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
-    of_seeds = "1 seed" if len(shared) == 1 else f"{len(shared)} seeds"
-    for axis, (title, curves) in zip(axes, panels.items()):
-        for i, (arm, values) in enumerate(zip(arms, curves)):
-            steps = WINDOW + np.arange(len(values))
-            axis.plot(steps, values, "-" if i % 2 else "--", color=f"C{i % 10}", label=arm)
-        axis.set_xlabel(f"step (mean of the last {WINDOW}, {of_seeds})")
-        axis.set_title(title, fontsize=9)
-    axes[1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+# ----------------------------------------------------------------------------------------- program
 
 
 def main():
@@ -423,12 +353,18 @@ def main():
         sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
     if validations:
         print(on_validation(validations), "\n")
-        plot_curves(folder / "curves.png", validations)
+        figures.curves(folder / "curves.png", validations)
     if training:
-        plot_training(folder / "training.png", training)
+        figures.training(
+            folder / "training.png", {arm: by_seed(of) for arm, of in training.items()}
+        )
     if arms:
         print(per_task(arms), overall(arms), "", sep="\n\n")
-        plot_gains(folder / "gains.png", arms)
+        intervals = {
+            arm: [interval(gains(rows, key)[0]) for key, *_ in figures.PANELS]
+            for arm, rows in arms.items()
+        }
+        figures.gains(folder / "gains.png", intervals)
     for one, other in PAIRS:
         if {one, other} <= arms.keys():
             print(difference(arms, one, other))
