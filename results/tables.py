@@ -44,6 +44,7 @@ PAIRS = (
     ("irpo-difficulty", "irpo"),
     ("irpo", "sft-time"),
     ("irpo", "reward-time"),
+    ("irpo", "reward-sft-time"),
     ("reward-sft-time", "sft-time"),
     ("rl-time", "rl-shuffled-time"),
     ("irpo", "hard-30"),
