@@ -373,7 +373,7 @@ def main():
             print(f"{one} minus {other}: {in_validation(validations, one, other)}")
         if {one, other} <= measured.keys():
             print(f"validation images: {difference(measured, one, other)}")
-        if other == f"{one}-shuffled" and {one, other} <= training.keys():
+        if "shuffled" in other and {one, other} <= training.keys():
             print(f"{one} minus {other}: {in_training(training, one, other)}")
 
 
