@@ -4,7 +4,7 @@
     python results/benchmarks.py results/real    of such a file alone: of the runs we made
 
 A figure is the mean over seeds. Intervals are from bootstraps over images and over seeds
-(tables.interval); an image under several σ is one image.
+(tables.interval), images drawn from all sets together.
 """
 
 import csv
@@ -42,6 +42,20 @@ def collect(folder):
     (folder / "tests.csv").write_text(report.to_csv(head, rows))
 
 
+def check_images(arms):
+    """Exits unless all runs began with one model, and were evaluated on the same images."""
+    first = None
+    for arm, of_arm in arms.items():
+        for seed, rows in tables.by_seed(of_arm).items():
+            name = f"{arm}/{seed}"
+            start = {(row["set"], row["image"]): row["psnr_before"] for row in rows}
+            first = first or (name, start)
+            same = start.keys() == first[1].keys()
+            if not same or any(abs(value - first[1][key]) > 0.01 for key, value in start.items()):
+                another = "began with another model, or was evaluated on other images, than"
+                sys.exit(f"results/benchmarks.py: {name} {another} {first[0]}")
+
+
 def by_method(arms):
     """{set: {method: rows with psnr and ssim}}, as eval.tables takes them."""
     results = {}
@@ -56,18 +70,18 @@ def by_method(arms):
 
 
 def groups(rows):
-    """{title: rows}: the five sets of Table 2, and each set out of domain."""
-    parts = {"in domain": [row for row in rows if row["task"] in TASKS]}
-    parts["in domain"] = [row for row in parts["in domain"] if TASKS[row["task"]].title]
+    """{title: rows}: the sets of Table 2 together, and each set that is not under test/."""
+    parts = {}
     for row in rows:
-        if row["task"] not in TASKS:
-            parts.setdefault(row["set"], []).append(row)
-    return parts
+        task = TASKS.get(row["task"])
+        if task is None or task.title:
+            parts.setdefault("in domain" if task else row["set"], []).append(row)
+    return dict(sorted(parts.items(), key=lambda part: part[0] != "in domain"))
 
 
 def gains(arms):
     """The mean gains of PSNR and SSIM over the pre-trained model, with intervals."""
-    head, lines = ["gain: dB, 1e-4 of SSIM", "seeds"], []
+    lines = []
     for arm, rows in arms.items():
         parts = groups(rows)
         cells = [
@@ -75,19 +89,21 @@ def gains(arms):
             for of in parts.values()
         ]
         lines.append([arm, len(tables.by_seed(rows)), *cells])
-    return report.markdown([*head, *parts], lines)
+    return report.markdown(["gain: dB, 1e-4 of SSIM", "seeds", *parts], lines)
 
 
 def difference(arms, one, other):
     """How much more PSNR and SSIM one arm gains than another, on the seeds that both have."""
     shared = tables.by_seed(arms[one]).keys() & tables.by_seed(arms[other]).keys()
-    pair = ([row for row in arms[name] if row["seed"] in shared] for name in (one, other))
+    if not shared:
+        return f"{one} minus {other}: no seed in common"
+    a, b = (groups(row for row in arms[name] if row["seed"] in shared) for name in (one, other))
     words = []
-    for (title, a), (_, b) in zip(*(groups(rows).items() for rows in pair)):
+    for title in a:
         for key, *rest in KEYS:
-            change = tables.gains(a, key)[0] - tables.gains(b, key)[0]
+            change = tables.gains(a[title], key)[0] - tables.gains(b[title], key)[0]
             words.append(f"{title} {key} {tables.cell(change, *rest)}")
-    return f"{one} minus {other}, {len(shared)} seeds: {', '.join(words)}"
+    return f"{one} minus {other}, seeds {' '.join(sorted(shared))}: {', '.join(words)}"
 
 
 def main():
@@ -96,7 +112,9 @@ def main():
         collect(folder)
     arms = tables.read(folder / "tests.csv")
     if not arms:
-        sys.exit(f"results/benchmarks.py: {folder} holds no ARM/SEED/eval-images.csv: run eval.py")
+        missing = "holds no ARM/SEED/eval-images.csv with a model before and after: run eval.py"
+        sys.exit(f"results/benchmarks.py: {folder} {missing}")
+    check_images(arms)
     print(layout(by_method(arms)), gains(arms), "", sep="\n")
     for one, other in (pair for pair in tables.PAIRS if {*pair} <= arms.keys()):
         print(difference(arms, one, other))

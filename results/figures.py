@@ -49,9 +49,10 @@ def curves(path, arms):
 
 def training(path, arms):
     """Figure 6: L_total and the mean reward of the rollouts while training, and that reward against
-    the mean of the arms: a step's few crops move it more than training does. Means over the seeds
-    that arms share and over WINDOW steps, to the end of the shortest arm. arms: {arm: {seed: rows
-    of training.csv}}, of which those without rollouts are left out."""
+    the mean of the arms: a step's few crops move it more than training does. The last panel needs
+    arms that train on the same samples for the same reward. Means over the seeds that arms share
+    and over WINDOW steps, to the end of the shortest arm. arms: {arm: {seed: rows of
+    training.csv}}, of which those are left out that lack a reward at some step."""
     arms = {arm: of for arm, of in arms.items() if all("reward" in r for r in sum(of.values(), []))}
     shared = set.intersection(*(set(seeds) for seeds in arms.values())) if arms else ()
     length = min((len(of[seed]) for of in arms.values() for seed in shared), default=0)
@@ -68,8 +69,8 @@ def training(path, arms):
     plt = report.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
     of_seeds = "1 seed" if len(shared) == 1 else f"{len(shared)} seeds"
-    for axis, (title, curves) in zip(axes, panels.items()):
-        for i, (arm, values) in enumerate(zip(arms, curves)):
+    for axis, (title, of_arms) in zip(axes, panels.items()):
+        for i, (arm, values) in enumerate(zip(arms, of_arms)):
             steps = WINDOW + np.arange(len(values))
             axis.plot(steps, values, "-" if i % 2 else "--", color=f"C{i % 10}", label=arm)
         axis.set_xlabel(f"step (mean of the last {WINDOW}, {of_seeds})")

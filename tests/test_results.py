@@ -241,29 +241,50 @@ def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path):
     assert done.returncode == 1 and "was begun by another command" in done.stdout
 
 
-def test_test_sets_are_shown_as_the_mean_of_the_seeds(tmp_path):
-    """Two sets of Table 2, a σ that has no column there, and one set out of domain."""
-    sets = {"Rain100L": "derain", "BSD68 σ=25": "denoise25", "BSD68 σ=15": "denoise15"}
-    sets["PolyU"] = "PolyU"
+def write_evaluation(folder, gain, sets=("Rain100L", "BSD68 σ=25", "BSD68 σ=15", "PolyU")):
+    """eval-images.csv of two sets of Table 2 with 1 and 3 images, of a σ that has no column there,
+    and of one set out of domain; gain(image number) in dB."""
+    tasks = {"Rain100L": "derain", "BSD68 σ=25": "denoise25", "BSD68 σ=15": "denoise15"}
+    lines = ["set,method,task,image,psnr_in,psnr,ssim"]
+    for name in sets:
+        for image in range(1 if name == "Rain100L" else 3):
+            start, names = 20 + len(name), f"{tasks.get(name, name)},{name}/{image}.png"
+            lines.append(f"{name},before,{names},10,{start},0.5")
+            lines.append(f"{name},after,{names},10,{start + gain(image)},0.51")
+    folder.mkdir(parents=True)
+    (folder / "eval-images.csv").write_text("\n".join(lines))
+
+
+def test_sets_weigh_alike_in_the_tables_of_several_runs(tmp_path):
     for seed in (0, 1):
-        lines = ["set,method,task,image,psnr_in,psnr,ssim"]
-        for number, (name, task) in enumerate(sets.items()):
-            for image in ("a.png", "b.png"):
-                after = 20 + 10 * number + 0.1 * (number + 1) + 0.02 * seed
-                lines.append(f"{name},before,{task},{image},10,{20 + 10 * number},0.5")
-                lines.append(f"{name},after,{task},{image},10,{after},0.51")
-        (tmp_path / f"sft/{seed}").mkdir(parents=True)
-        (tmp_path / f"sft/{seed}/eval-images.csv").write_text("\n".join(lines))
+        write_evaluation(tmp_path / f"sft/{seed}", lambda image, s=seed: 0.1 * (image + s))
     benchmarks.collect(tmp_path)
     arms = tables.read(tmp_path / "tests.csv")
     shown = benchmarks.layout(benchmarks.by_method(arms))
-    in_domain = [line.split() for line in shown.split("\n\n")[1].splitlines()]
-    assert " ".join(in_domain[0]) == (
-        "| Method | Deraining Rain100L | Denoising BSD68 σ=25 | Average |"
-    )
-    assert " ".join(in_domain[2]) == "| pre-trained | 20.00/0.500 | 30.00/0.500 | 25.00/0.500 |"
-    assert " ".join(in_domain[3]) == "| sft | 20.11/0.510 | 30.21/0.510 | 25.16/0.510 |"
+    lines = [" ".join(line.split()) for line in shown.split("\n\n")[1].splitlines()]
+    assert lines[0] == "| Method | Deraining Rain100L | Denoising BSD68 σ=25 | Average |"
+    assert lines[2] == "| pre-trained | 28.00/0.500 | 30.00/0.500 | 29.00/0.500 |"
+    assert lines[3] == "| sft | 28.05/0.510 | 30.15/0.510 | 29.10/0.510 |"
     (gain,) = (line for line in benchmarks.gains(arms).splitlines() if line.startswith("| sft"))
-    _, _, seeds, five, foreign, _ = (cell.strip() for cell in gain.split("|"))
-    assert seeds == "2" and five.startswith("+0.160 [") and foreign.startswith("+0.410 [")
-    assert five.endswith("+100.0 [+100.0, +100.0]")
+    _, _, seeds, in_domain, foreign, _ = (cell.strip() for cell in gain.split("|"))
+    assert seeds == "2" and in_domain.startswith("+0.100 [") and foreign.startswith("+0.150 [")
+    assert in_domain.endswith("+100.0 [+100.0, +100.0]")
+
+
+def test_runs_are_compared_set_by_set_in_whatever_order(tmp_path):
+    for seed in (0, 1):
+        write_evaluation(tmp_path / f"irpo/{seed}", lambda image: 0.3)
+        write_evaluation(tmp_path / f"sft/{seed}", lambda image: 0.1, ("PolyU", "BSD68 σ=25"))
+    write_evaluation(tmp_path / "sft/2", lambda image: 9.0)
+    write_evaluation(tmp_path / "rl/3", lambda image: 0.0)
+    benchmarks.collect(tmp_path)
+    arms = tables.read(tmp_path / "tests.csv")
+    with pytest.raises(SystemExit, match="sft/0 .* was evaluated on other images, than irpo/0"):
+        benchmarks.check_images(arms)
+    assert benchmarks.difference(arms, "irpo", "rl") == "irpo minus rl: no seed in common"
+    arms["irpo"] = [row for row in arms["irpo"] if row["task"] in ("PolyU", "denoise25")]
+    zero, gain = "ssim +0.0 [+0.0, +0.0]", "psnr +0.200 [+0.200, +0.200]"
+    words = f"in domain {gain}, in domain {zero}, PolyU {gain}, PolyU {zero}"
+    assert benchmarks.difference(arms, "irpo", "sft").replace("-0.0", "+0.0") == (
+        f"irpo minus sft, seeds 0 1: {words}"
+    )
