@@ -101,7 +101,8 @@ def difference(arms, one, other):
     words = []
     for title in a:
         for key, *rest in KEYS:
-            change = tables.gains(a[title], key)[0] - tables.gains(b[title], key)[0]
+            (x, (*_, sets)), (y, (*_, others)) = (tables.gains(of[title], key) for of in (a, b))
+            change = x - y[:, :, [others.index(name) for name in sets]]
             words.append(f"{title} {key} {tables.cell(change, *rest)}")
     return f"{one} minus {other}, seeds {' '.join(sorted(shared))}: {', '.join(words)}"
 
