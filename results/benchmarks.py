@@ -44,16 +44,8 @@ def collect(folder):
 
 def check_images(arms):
     """Exits unless all runs began with one model, and were evaluated on the same images."""
-    first = None
-    for arm, of_arm in arms.items():
-        for seed, rows in tables.by_seed(of_arm).items():
-            name = f"{arm}/{seed}"
-            start = {(row["set"], row["image"]): row["psnr_before"] for row in rows}
-            first = first or (name, start)
-            same = start.keys() == first[1].keys()
-            if not same or any(abs(value - first[1][key]) > 0.01 for key, value in start.items()):
-                another = "began with another model, or was evaluated on other images, than"
-                sys.exit(f"results/benchmarks.py: {name} {another} {first[0]}")
+    another = "{} began with another model, or was evaluated on other images, than {}"
+    tables.check_same(arms, "psnr_before", 0.01, f"results/benchmarks.py: {another}")
 
 
 def by_method(arms):
@@ -94,17 +86,15 @@ def gains(arms):
 
 def difference(arms, one, other):
     """How much more PSNR and SSIM one arm gains than another, on the seeds that both have."""
-    shared = tables.by_seed(arms[one]).keys() & tables.by_seed(arms[other]).keys()
-    if not shared:
+    rows = tables.minus(arms[one], arms[other])
+    if not rows:
         return f"{one} minus {other}: no seed in common"
-    a, b = (groups(row for row in arms[name] if row["seed"] in shared) for name in (one, other))
-    words = []
-    for title in a:
-        for key, *rest in KEYS:
-            (x, (*_, sets)), (y, (*_, others)) = (tables.gains(of[title], key) for of in (a, b))
-            change = x - y[:, :, [others.index(name) for name in sets]]
-            words.append(f"{title} {key} {tables.cell(change, *rest)}")
-    return f"{one} minus {other}, seeds {' '.join(sorted(shared))}: {', '.join(words)}"
+    words = [
+        f"{title} {key} {tables.cell(tables.gains(of, key)[0], *rest)}"
+        for title, of in groups(rows).items()
+        for key, *rest in KEYS
+    ]
+    return f"{one} minus {other}, seeds {' '.join(tables.by_seed(rows))}: {', '.join(words)}"
 
 
 def main():

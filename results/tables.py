@@ -144,25 +144,26 @@ def read(path):
 def pretrained(arms):
     """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
     the same images, measured by one reward."""
+    another = "{} began with another model, or was measured on other images, than {}"
+    hint = "{} was measured by another reward than {}: run results/measure.py"
+    rows = check_same(arms, "psnr_before", 0.01, f"results/tables.py: {another}")
+    check_same(arms, "reward_before", 1e-3, f"results/tables.py: {hint}")
+    tasks = report.by_task(rows)
+    return {task: report.mean(of, "psnr_before") for task, of in tasks.items()}
+
+
+def check_same(arms, key, by, message):
+    """The rows of the first run. Exits with message.format(run, first run) unless all runs have the
+    same images, whose `key` differs by no more than `by`."""
     first = None
     for arm, of_arm in arms.items():
         for seed, of_run in by_seed(of_arm).items():
             name, rows = f"{arm}/{seed}", {(row["task"], row["image"]): row for row in of_run}
             first = first or (name, rows)
             same = rows.keys() == first[1].keys()
-            if not same or differ("psnr_before", rows, first[1], 0.01):
-                another = "began with another model, or was measured on other images, than"
-                sys.exit(f"results/tables.py: {name} {another} {first[0]}")
-            if differ("reward_before", rows, first[1], 1e-3):
-                hint = f"was measured by another reward than {first[0]}: run results/measure.py"
-                sys.exit(f"results/tables.py: {name} {hint}")
-    tasks = report.by_task(list(first[1].values()))
-    return {task: report.mean(rows, "psnr_before") for task, rows in tasks.items()}
-
-
-def differ(key, rows, others, by):
-    """Whether two runs, {image: row} each, differ by more than that on any image."""
-    return any(abs(row[key] - others[image][key]) > by for image, row in rows.items())
+            if not same or any(abs(row[key] - first[1][at][key]) > by for at, row in rows.items()):
+                sys.exit(message.format(name, first[0]))
+    return list(first[1].values())
 
 
 # --------------------------------------------------------------------------------------- intervals
@@ -294,19 +295,32 @@ def on_validation(arms):
     return report.markdown(["on the validation images", "seeds", "PSNR, dB", "reward, 1e-4"], rows)
 
 
+def minus(rows, others):
+    """The rows of one arm with its gains minus those of another, on the seeds that both have."""
+    keys = ("psnr", "ssim", "reward", "exposure")
+    theirs = {(row["seed"], row["task"], row["image"]): row for row in others}
+    shared = by_seed(rows).keys() & by_seed(others).keys()
+    differences = []
+    for row in (row for row in rows if row["seed"] in shared):
+        other = theirs[row["seed"], row["task"], row["image"]]
+        differences.append(
+            row | {key: row[key] - other[key] for key in keys if key in row and key in other}
+        )
+    return differences
+
+
 def difference(arms, one, other):
     """How much more one arm gains than another on the same seeds."""
-    lines, keys = [], [*KEYS]
+    keys = [*KEYS]
     if all("exposure" in row for name in (one, other) for row in arms[name]):
         keys.append(("exposure", 1e4, 1, "1e-4 of exposure"))
-    for key, scale, digits, unit in keys:
-        (a, (seeds, *_)), (b, (others, *_)) = (gains(arms[name], key) for name in (one, other))
-        shared = [s for s in seeds if s in others]
-        if not shared:
-            return f"{one} minus {other}: no seed in common"
-        pick = [seeds.index(s) for s in shared], [others.index(s) for s in shared]
-        lines.append(f"{cell(a[pick[0]] - b[pick[1]], scale, digits)} {unit}")
-    return f"{one} minus {other}, {len(shared)} seeds: {', '.join(lines)}"
+    rows = minus(arms[one], arms[other])
+    if not rows:
+        return f"{one} minus {other}: no seed in common"
+    lines = [
+        f"{cell(gains(rows, key)[0], scale, digits)} {unit}" for key, scale, digits, unit in keys
+    ]
+    return f"{one} minus {other}, {len(by_seed(rows))} seeds: {', '.join(lines)}"
 
 
 def in_validation(arms, one, other):
