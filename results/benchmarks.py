@@ -25,10 +25,7 @@ def collect(folder):
     """Writes tests.csv: for every image of every test set the PSNR and SSIM before, and what the
     runs gain, a row for every arm and seed. Exits unless an arm's runs have the same settings."""
     rows = []
-    paths = sorted(folder.glob("*/*/eval-images.csv"))
-    for of_arm in {path.parents[1] for path in paths}:
-        tables.check_settings(of_arm)
-    for path in paths:
+    for path in tables.files_of_runs(folder, "eval-images.csv"):
         with open(path, newline="") as file:
             found = list(csv.DictReader(file))
         before = {(r["set"], r["image"]): r for r in found if r["method"] == "before"}

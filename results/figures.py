@@ -15,12 +15,12 @@ def save(plt, figure, path):
 
 
 def gains(path, arms):
-    """The gains of every arm; arms: {arm: its interval (mean, low, high) for each of PANELS}."""
+    """The gains of every arm; arms: {arm: {key: interval (mean, low, high)}}."""
     plt = report.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1), sharey=True)
-    for panel, (axis, (_, scale, title)) in enumerate(zip(axes, PANELS)):
+    for axis, (key, scale, title) in zip(axes, PANELS):
         for y, intervals in enumerate(arms.values()):
-            mean, low, high = (scale * value for value in intervals[panel])
+            mean, low, high = (scale * value for value in intervals[key])
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{y % 10}")
         axis.axvline(0, color="black", linewidth=0.5)
         axis.set_xlabel(title)

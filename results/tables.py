@@ -81,10 +81,7 @@ def collect(folder):
         validation=["arm seed step task psnr reward".split()],
         training=["arm seed step reward psnr_det psnr_best loss/sup loss/cons loss/total".split()],
     )
-    paths = sorted(folder.glob("*/*/report.json"))
-    for of_arm in {path.parents[1] for path in paths}:
-        check_settings(of_arm)
-    for path in paths:
+    for path in files_of_runs(folder, "report.json"):
         of_run = [path.parts[-3], path.parts[-2]]
         stored = json.loads(path.read_text())
         files["gains"] += compared(of_run, stored["before"], stored["after"], stored["hard"])
@@ -112,6 +109,14 @@ def compared(of_run, before, after, hard=()):
             row.append(new[key] - old[key] if key in old else None)
         rows.append(row)
     return rows
+
+
+def files_of_runs(folder, name):
+    """ARM/SEED/name of all runs of a folder. Exits unless an arm's runs have the same settings."""
+    paths = sorted(folder.glob(f"*/*/{name}"))
+    for of_arm in {path.parents[1] for path in paths}:
+        check_settings(of_arm)
+    return paths
 
 
 def check_settings(folder):
@@ -258,14 +263,14 @@ def per_task(arms):
     return "\n\n".join(tables)
 
 
-def overall(arms):
+def overall(arms, intervals):
     """PSNR, SSIM and reward of all images, and PSNR and reward of the hard and the other ones."""
     head = ["gain over the pre-trained model", "seeds", "PSNR, dB", "SSIM, 1e-4", "reward, 1e-4"]
     head += ["hard 30 %: dB", "1e-4", "the rest: dB", "1e-4"]
     rows = []
     for arm, of_arm in arms.items():
-        row = [arm, len(by_seed(of_arm)), cell(gains(of_arm, "psnr")[0])]
-        row += [cell(gains(of_arm, key)[0], 1e4, 1) for key in ("ssim", "reward")]
+        row = [arm, len(by_seed(of_arm)), shown(*intervals[arm]["psnr"], 3)]
+        row += [shown(*(1e4 * v for v in intervals[arm][key]), 1) for key in ("ssim", "reward")]
         for part in ("hard", "rest"):
             row.append(f"{mean_of_tasks(gains(of_arm, 'psnr', part)[0]):+.3f}")
             row.append(f"{1e4 * mean_of_tasks(gains(of_arm, 'reward', part)[0]):+.1f}")
@@ -374,11 +379,11 @@ def main():
             folder / "training.png", {arm: by_seed(of) for arm, of in training.items()}
         )
     if arms:
-        print(per_task(arms), overall(arms), "", sep="\n\n")
+        keys = ("psnr", "ssim", "reward")
         intervals = {
-            arm: [interval(gains(rows, key)[0]) for key, *_ in figures.PANELS]
-            for arm, rows in arms.items()
+            arm: {key: interval(gains(rows, key)[0]) for key in keys} for arm, rows in arms.items()
         }
+        print(per_task(arms), overall(arms, intervals), "", sep="\n\n")
         figures.gains(folder / "gains.png", intervals)
     for one, other in PAIRS:
         if {one, other} <= arms.keys():
