@@ -20,22 +20,20 @@ class Group(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(model, policy, encoding, group_size, generators, at_once=4):
-    """G stochastic rollouts per image, Eq. 4 and 5.
+def rollout(model, policy, encoding, group_size, generators):
+    """A `Group` of G = `group_size` stochastic rollouts per image, Eq. 4 and 5.
 
     encoding: of the B images, as `AdaIR.encode` gives it. generators: B, which the actions are
-    drawn from, or one for all. At most `at_once` rollouts per image are decoded at a time, so that
-    the memory a larger group takes is that of its images.
+    drawn from, or one for all.
     """
-    encoding, parts = encoding.detach(), []
-    for first in range(0, group_size, at_once):
-        n = min(at_once, group_size - first)
-        controller = policy.sample(generators)
-        restored = model.decode(encoding, controller, copies=n)
-        flat = (restored, controller.actions, *(s for pair in controller.states for s in pair))
-        parts.append([t.unflatten(0, (-1, n)) for t in flat])  # (B, n, …) each
-    restored, actions, *states = (torch.cat(part, dim=1) for part in zip(*parts))
-    return Group(restored, list(zip(states[::2], states[1::2])), actions)
+    controller = policy.sample(generators)
+    restored = model.decode(encoding.detach(), controller, copies=group_size)  # (B·G, 3, H, W)
+
+    def grouped(of_all):  # (B·G, …) -> (B, G, …)
+        return of_all.unflatten(0, (-1, group_size))
+
+    states = [(grouped(rate), grouped(fuse)) for rate, fuse in controller.states]
+    return Group(grouped(restored), states, grouped(controller.actions))
 
 
 def best_of_group(rewards):
@@ -81,8 +79,8 @@ def group_advantages(rewards, eps=1e-6):
     """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (B, G) -> (B, G), without
     gradient. Eq. 8.
 
-    ε stands inside the root: a group of equal rewards gets advantage 0, and differences far below
-    √ε = 0.001 stay small.
+    ε stands inside the root: a group of equal rewards gets advantage 0, and one whose rewards
+    deviate by less than √ε gets small ones.
     """
     centred = rewards.detach() - rewards.detach().mean(dim=-1, keepdim=True)
     return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
@@ -142,6 +140,7 @@ def grpo_loss(
         "ratio": ratio.mean(),
         "clip_ratio": (rises | falls).float().mean(),
         "advantage_abs": advantages.abs().mean(),
+        "advantage_rms": advantages.square().mean().sqrt(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 

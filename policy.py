@@ -103,17 +103,19 @@ class BetaHead(nn.Module):
     """State (…, C, n, n) -> (α, β), each (…, 2), all > 1: one unimodal density for each of two
     controls."""
 
-    def __init__(self, channels, grid, means, concentration, normalised):
+    def __init__(self, channels, grid, means, concentration):
         super().__init__()
         size = channels * grid * grid
-        self.normalise = Normalise(size) if normalised else nn.Identity()
+        self.normalise = Normalise(size)
         self.embed = nn.Conv2d(size, HIDDEN, 1)
         self.out = nn.Conv2d(HIDDEN, 4, 1)
         alphas = [m * concentration for m in means]
         betas = [(1 - m) * concentration for m in means]
         if min(alphas + betas) <= 1 or max(alphas + betas) >= 1 + math.exp(RAW_MAX):
-            out = f"a Beta of means {means} and concentration {concentration:g}"
-            raise PolicyError(f"{out} is out of a head's reach")
+            raise PolicyError(
+                f"a Beta of means {means} and concentration {concentration:g} "
+                "is out of a head's reach"
+            )
         # α = 1 + exp(raw): an Adam step on raw is a relative step in α
         raw = (torch.tensor(alphas + betas) - 1).log()
         nn.init.zeros_(self.out.weight)
@@ -134,28 +136,24 @@ class BetaPolicy(nn.Module):
     concentration: α + β of the gates, and of the rates as far as their mean allows. Every control
     starts where the pre-trained model is: the rates' mean is what the backbone was trained with,
     and gates act divided by their initial mean, so their deterministic effect is a factor of 1.
-    normalised: whether heads see states in deviations from what `fit` saw; early checkpoints did
-    not. Raises PolicyError for a concentration that no head can give.
+    Raises PolicyError for a concentration that no head can give.
     """
 
     kind = "beta"
 
-    def __init__(self, channels, rates, concentration=30.0, normalised=True):
+    def __init__(self, channels, rates, concentration=30.0):
         super().__init__()
         self.config = dict(channels=list(channels), rates=list(rates), concentration=concentration)
-        self.config |= dict(normalised=normalised)
         narrowest = max(1.5 / min(r, 1 - r) for r in rates)  # α, β of 1.5 at least
-        of_rates = max(concentration, narrowest)
-        gates = (GATE_MEAN, GATE_MEAN)
-        of_rates, of_gates = (rates, of_rates, normalised), (gates, concentration, normalised)
-        self.rate = nn.ModuleList(BetaHead(1, GRID, *of_rates) for _ in channels)
-        self.fuse = nn.ModuleList(BetaHead(c, 1, *of_gates) for c in channels)
+        of_rates, gates = max(concentration, narrowest), (GATE_MEAN, GATE_MEAN)
+        self.rate = nn.ModuleList(BetaHead(1, GRID, rates, of_rates) for _ in channels)
+        self.fuse = nn.ModuleList(BetaHead(c, 1, gates, concentration) for c in channels)
 
     def heads(self, states):
-        """[(head, its states (…, size)), …] of stored states."""
-        pairs = zip(self.rate, self.fuse, states)
-        both = ((head, s) for rate, fuse, pair in pairs for head, s in zip((rate, fuse), pair))
-        return [(head, state.flatten(-3)) for head, state in both]
+        """Yields every head with its stored states (…, size)."""
+        for rate, fuse, (rate_state, fuse_state) in zip(self.rate, self.fuse, states):
+            yield rate, rate_state.flatten(-3)
+            yield fuse, fuse_state.flatten(-3)
 
     def fit(self, states):
         """Learns from stored states (N, …) of the training set what is usual."""
@@ -176,7 +174,7 @@ class BetaPolicy(nn.Module):
         def act(level, alpha, beta):
             n = len(generators)
             parts = zip(alpha.chunk(n), beta.chunk(n), generators)
-            return torch.cat([sample_beta(*part) for part in parts])
+            return torch.cat([sample_beta(a, b, generator) for a, b, generator in parts])
 
         return Controller(self, act)
 
@@ -205,19 +203,22 @@ class BetaPolicy(nn.Module):
 
     def kl(self, reference, states):
         """KL(π ‖ reference) in nats on stored states, in closed form: (…)."""
-        pair = (*self.densities(states), *reference.densities(states))
-        return beta_kl(*pair).sum(dim=(-2, -1))
+        alpha, beta = self.densities(states)
+        alpha_ref, beta_ref = reference.densities(states)
+        return beta_kl(alpha, beta, alpha_ref, beta_ref).sum(dim=(-2, -1))
 
     def densities(self, states):
         """(α, β), each (…, 3, 4), of stored states (three pairs of rate and fuse state)."""
-        levels = [self.level(i, *state) for i, state in enumerate(states)]
-        return tuple(torch.stack(parameters, dim=-2) for parameters in zip(*levels))
+        levels = [self.densities_at(i, rate, fuse) for i, (rate, fuse) in enumerate(states)]
+        alphas, betas = zip(*levels)
+        return torch.stack(alphas, dim=-2), torch.stack(betas, dim=-2)
 
-    def level(self, level, rate_state, fuse_state):
+    def densities_at(self, level, rate_state, fuse_state):
         """(α, β), each (…, 4) in the order of CONTROLS, of one AFLB. Always float32."""
         with torch.autocast(fuse_state.device.type, enabled=False):
-            pairs = self.rate[level](rate_state.float()), self.fuse[level](fuse_state.float())
-            return tuple(torch.cat(parameters, dim=-1) for parameters in zip(*pairs))
+            rate_alpha, rate_beta = self.rate[level](rate_state.float())
+            fuse_alpha, fuse_beta = self.fuse[level](fuse_state.float())
+        return torch.cat((rate_alpha, fuse_alpha), -1), torch.cat((rate_beta, fuse_beta), -1)
 
     def frozen_copy(self):
         """π_ref: the same heads, without gradient."""
@@ -269,7 +270,7 @@ class Controller:
         if level == 0:
             self.states, self._actions = [], []
         state = observe(f, y)
-        action = self.act(level, *self.policy.level(level, *state))
+        action = self.act(level, *self.policy.densities_at(level, *state))
         self.states.append(state)
         self._actions.append(action)
         return torch.cat((action[:, :2], action[:, 2:] / GATE_MEAN), dim=1)
@@ -300,12 +301,14 @@ def load_policy(checkpoint):
     if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
         return None
     try:
-        # early ones say nothing of their kind, and saw raw states
-        config = {"kind": "beta", "normalised": False, **checkpoint["policy_config"]}
-        kind = config.pop("kind")
+        config = dict(checkpoint["policy_config"])
+        config.pop("normalised", None)  # always, since the first checkpoints
+        kind = config.pop("kind", "early: one without normalised states")
         if kind != BetaPolicy.kind:
-            hint = f"this version reads {BetaPolicy.kind!r}"
-            raise PolicyError(f"the checkpoint holds a policy of kind {kind!r}; {hint}")
+            raise PolicyError(
+                f"the checkpoint holds a policy of kind {kind!r}; "
+                f"this version reads {BetaPolicy.kind!r}"
+            )
         policy = BetaPolicy(**config)
         policy.load_state_dict(checkpoint["policy"])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -6,6 +6,7 @@ pre-training share it.
 
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import io
 import json
@@ -16,10 +17,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import tyro
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -65,33 +68,41 @@ def program(name, function, argv=None, errors=()):
     return 2
 
 
-def check_ranges(config, **ranges):
-    """Raises RunError unless the numbers of a configuration are finite and in their ranges, written
-    as intervals: hard_ratio="(0, 1]"."""
-    for field, value in vars(config).items():
-        interval = ranges.get(field, "(-inf, inf)")
-        low, high = map(float, interval[1:-1].split(","))
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float):
-                at_end = (number == low and interval[0] == "[") or (
-                    number == high and interval[-1] == "]"
-                )
-                if not (low < number < high or at_end):
-                    flag = f"--{field.replace('_', '-')}"
-                    raise RunError(f"{flag} is {number:g}; it must be in {interval}")
+# Ranges stand beside the fields of a program's flags; `flags` checks them.
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MultipleOf8 = Annotated[int, Field(ge=8, multiple_of=8)]
+AbsolutePath = Annotated[str, AfterValidator(lambda path: str(Path(path).resolve()))]
 
 
-def check_multiple_of_8(flag, *values):
-    """Raises RunError unless sizes are 8, 16, 24, …"""
-    for value in values:
-        if value < 8 or value % 8:
-            raise RunError(f"{flag} is {value}; it must be a multiple of 8")
+def flags(config, name, about, argv, default=None):
+    """The dataclass `config` filled from a program's flags; `default` in its place. A wrong flag
+    ends the program, exit code 2. Raises RunError for a value out of its field's range."""
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    given = dict(default=default) if default else {}
+    parsed = tyro.cli(config, prog=name, description=about, args=argv, config=options, **given)
+    return validated(config, dataclasses.asdict(parsed))
+
+
+def validated(config, values):
+    """The dataclass `config` of {field: value}, its values in the ranges that stand beside its
+    fields. Raises RunError for one that is not."""
+    try:
+        return TypeAdapter(config).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = [part for part in first["loc"] if isinstance(part, str)]
+        flag = f"--{names[-1].replace('_', '-')}"
+        said = first["msg"].replace("Input should", "it should")
+        raise RunError(f"{flag} is {first['input']}: {said}") from None
 
 
 def check_tile(tile):
     """Raises RunError unless a tile is 0, none, or wide enough for two overlaps of 32 px."""
     if tile and (tile % 8 or tile <= 64):
-        raise RunError(f"--tile is {tile}; it must be 0 or a multiple of 8 above 64")
+        raise RunError(f"--tile is {tile}: it must be 0 or a multiple of 8 above 64")
 
 
 def check_file(flag, path):
@@ -120,16 +131,10 @@ def check_device(device):
             keep_freed_memory()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:100]
-        hint = f"is no device of this machine that can be used ({reason}); cpu always is"
-        raise RunError(f"--device {device!r} {hint}") from None
-
-
-def flags(config, name, about, argv, default=None):
-    """The dataclass `config` filled from a program's flags; `default` in its place. A wrong flag
-    ends the program, exit code 2."""
-    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    given = dict(default=default) if default else {}
-    return tyro.cli(config, prog=name, description=about, args=argv, config=options, **given)
+        raise RunError(
+            f"--device {device!r} is no device of this machine that can be used ({reason}); "
+            "cpu always is"
+        ) from None
 
 
 def is_url(text):
@@ -163,13 +168,17 @@ def join(wanted):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return wanted
     if "LOCAL_RANK" not in os.environ:
-        hint = "unset it, or start with torchrun"
-        raise RunError(f"WORLD_SIZE is set, but torchrun did not start this process: {hint}")
+        raise RunError(
+            "WORLD_SIZE is set, but torchrun did not start this process: unset it, or start with "
+            "torchrun"
+        )
     if on_gpu(wanted):
         there = torch.cuda.device_count()
         if torch.device(wanted).index is not None or local_rank() >= there:
-            hint = f"under torchrun process i of a machine takes cuda:i, and this one has {there}"
-            raise RunError(f"--device {wanted}: {hint} GPU(s)")
+            raise RunError(
+                f"--device {wanted}: under torchrun process i of a machine takes cuda:i, "
+                f"and this one has {there} GPU(s)"
+            )
         wanted = f"cuda:{local_rank()}"
         torch.cuda.set_device(wanted)
     if not dist.is_initialized():
@@ -218,9 +227,9 @@ def collective():
         raise
     except RuntimeError as error:  # gloo has no class of its own
         reason = str(error).split("\n")[0].split(". ")[0][-200:]
-        hint = "its own message, if it had one, says why"
         raise ProcessError(
-            f"another process of this run ended or hangs ({reason}); {hint}"
+            f"another process of this run ended or hangs ({reason}); "
+            "its own message, if it had one, says why"
         ) from None
 
 
@@ -244,8 +253,10 @@ def same_everywhere(what, value):
     folder."""
     for i, other in enumerate(gather(value)):
         if other != value:
-            hint = "all machines need the same files under the same paths"
-            raise RunError(f"process {i} has another {what} than process {rank()}: {hint}")
+            raise RunError(
+                f"process {i} has another {what} than process {rank()}: "
+                "all machines need the same files under the same paths"
+            )
 
 
 def parallel_map(function, items, desc, stop=None):
@@ -358,12 +369,11 @@ class Run:
             run.start(state, "irpo")
             for batch in run.batches(crops, …):
                 … loss.backward()
-                metrics |= run.step(optimizer, loss)
-                run.finish(metrics)
+                run.update([optimizer], loss, metrics)
 
-    state has step, seen and total (crops) and checkpoint() -> dict. Whatever ends the block early
-    leaves last.pt as it was after the last whole step, and one sentence: RunError, or Stopped if
-    the run was asked to end.
+    state has step, seen and total (crops), live and averaged (modules), checkpoint() -> dict.
+    Whatever ends the block early leaves last.pt as it was after the last whole step, and one
+    sentence: RunError, or Stopped if the run was asked to end.
     """
 
     def __init__(
@@ -384,8 +394,8 @@ class Run:
         self.workers = (4 if self.gpu else 0) if workers is None else workers
         self.save_every, self.keep_every = save_every, keep_every
         self.failures = (OSError, torch.OutOfMemoryError, RunError, *failures)
-        self.state, self.log, self.bar, self.reason, self.skipped = None, None, None, None, 0
-        self.is_updating = self.is_skipping = False
+        self.state = self.reason = None
+        self.skipped, self.is_whole = 0, True
 
     def __enter__(self):
         return self
@@ -393,7 +403,7 @@ class Run:
     def __exit__(self, kind, error, _):
         if not self.state:
             return
-        if error and not self.is_updating:
+        if error and self.is_whole:
             self.save("last.pt")
         self.bar.close()
         with contextlib.suppress(OSError):  # a full disk was named when it was written to
@@ -404,8 +414,9 @@ class Run:
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {step}") from None
         if isinstance(error, ProcessError) and reason:  # asked to end, as the other one was
-            gone = "another process of this run had ended before"
-            raise Stopped(f"{reason}, {step}; {gone}") from None
+            raise Stopped(
+                f"{reason}, {step}; another process of this run had ended before"
+            ) from None
         if isinstance(error, self.failures):
             message = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else error
             raise RunError(f"{message}, {step}; {self.again} goes on") from None
@@ -413,8 +424,8 @@ class Run:
     def start(self, state, desc, shown=(), steps=None):
         """Opens the log and the progress bar. shown: metrics the bar shows, {label: name}; steps:
         of the whole run, where `batches` are asked for in several parts."""
-        self.steps = steps
-        self.shown, self.log = dict(shown), Log(self.folder, state.step)
+        self.steps, self.shown = steps, dict(shown)
+        self.log = Log(self.folder, state.step)
         self.bar = tqdm(initial=state.step, desc=desc, unit="step", disable=rank() > 0)
         self.state = state
         self.start_clock()
@@ -430,29 +441,38 @@ class Run:
         state, until = self.state, until or self.state.total
         self.crops = size * processes()  # of one step
         steps = range(state.seen + rank() * size, until + rank() * size, self.crops)
-        numbers = (range(first, first + size) for first in steps)
         self.bar.total = self.steps or state.step + len(steps)
-        loading = dict(num_workers=self.workers, pin_memory=self.gpu, collate_fn=crops.collate)
-        loader = iter(DataLoader(crops, batch_sampler=numbers, **loading))
+        loader = DataLoader(
+            crops,
+            batch_sampler=(range(first, first + size) for first in steps),
+            num_workers=self.workers,
+            pin_memory=self.gpu,
+            collate_fn=crops.collate,
+        )
+        batches = iter(loader)
         if self.workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises in the midst of a step
         for _ in steps:
             try:
-                batch = next(loader)
+                batch = next(batches)
             except Exception as error:
                 if not isinstance(error, self.failures) and "DataLoader worker" not in str(error):
                     raise  # a bug
                 words = str(error).strip().splitlines()[-1]  # a worker's traceback stands before
                 reason = words.removeprefix("data.DataError: ")
                 raise RunError(f"images could not be loaded: {reason}") from None
-            self.names, images = batch.names, (batch.degraded, batch.gt)
-            degraded, gt = (t.to(self.device, non_blocking=True) for t in images)
-            yield batch._replace(degraded=degraded, gt=gt)
+            self.names = batch.names
+            yield batch._replace(
+                degraded=batch.degraded.to(self.device, non_blocking=True),
+                gt=batch.gt.to(self.device, non_blocking=True),
+            )
 
-    def step(self, optimizers, loss, max_norm=math.inf):
+    def descend(self, optimizers, loss, max_norm=math.inf):
         """One step of the optimizers on gradients averaged over the processes, unless the loss or
-        the gradient is not finite. max_norm: the norm that gradients are reduced to. Returns {name:
-        number}."""
+        the gradient is not finite. max_norm: the norm that gradients are reduced to.
+
+        The state is that of no whole step until `update`. Returns {name: number}.
+        """
         # A process that is gone shows here, where no GPU waits for it.
         self.reason = next(filter(None, gather(self.stop.reason)), None)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -462,35 +482,30 @@ class Run:
         if max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         norm, loss = torch.stack([norm, loss]).tolist()  # one wait for a GPU
-        if math.isfinite(norm) and math.isfinite(loss):
-            self.is_updating = True  # until `finish`, the state is that of no whole step
+        is_finite = math.isfinite(norm) and math.isfinite(loss)
+        if is_finite:
+            self.is_whole = False
             for optimizer in optimizers:
                 optimizer.step()
-        else:
-            self.is_skipping = True
         rates = {group["name"]: group["lr"] for group in groups}
-        return {"loss/total": loss, "grad_norm": norm, **rates}
+        return {"loss/total": loss, "grad_norm": norm, **rates, "skipped": int(not is_finite)}
 
-    def finish(self, metrics):
-        """A step is done: counts, logs, saves, looks at `stop`. metrics: {name: scalar}, of this
-        process. Raises RunError when SKIPS_IN_A_ROW steps were not taken."""
+    def update(self, optimizers, loss, metrics, max_norm=math.inf):
+        """`descend`, and the step is whole: averages the weights, counts, logs `metrics` ({name:
+        scalar} of this process), saves, looks at `stop`. Raises RunError when SKIPS_IN_A_ROW steps
+        were not finite."""
         state = self.state
+        metrics = metrics | self.descend(optimizers, loss, max_norm)
+        state.averaged.update_parameters(state.live)
         state.step, state.seen = state.step + 1, state.seen + self.crops
-        self.skipped = self.skipped + 1 if self.is_skipping else 0
-        metrics = metrics | {"skipped": int(self.is_skipping)}
-        self.is_updating = self.is_skipping = False
-        tensors = {name: v.detach().float() for name, v in metrics.items() if torch.is_tensor(v)}
-        metrics |= zip(tensors, torch.stack([*tensors.values()]).tolist() if tensors else [])
-        metrics = merge(gather(metrics))
-        self.log.write(state.step, metrics | {"step_time": time.perf_counter() - self.begun})
-        shown = {label: metrics[name] for label, name in self.shown.items() if name in metrics}
-        self.bar.set_postfix({label: f"{v:.4f}" for label, v in shown.items()}, refresh=False)
-        self.bar.update()
-        if state.seen >= state.total:
-            self.bar.close()
+        self.is_whole = True
+        self.skipped = self.skipped + 1 if metrics["skipped"] else 0
+        self.write(metrics)
         if self.skipped == SKIPS_IN_A_ROW:
-            words = f"loss or gradient were not finite {self.skipped} times in a row"
-            raise RunError(f"{words}, the last time on {', '.join(self.names)}")
+            raise RunError(
+                f"loss or gradient were not finite {self.skipped} times in a row, "
+                f"the last time on {', '.join(self.names)}"
+            )
         if self.keep_every and state.step % self.keep_every == 0:
             self.save(f"step-{state.step:06d}.pt")
         if state.step % self.save_every == 0:
@@ -498,6 +513,19 @@ class Run:
         if self.reason:
             raise Stopped(self.reason)
         self.start_clock()
+
+    def write(self, metrics):
+        """The metrics of all processes, into the log and the progress bar."""
+        tensors = {name: v.detach().float() for name, v in metrics.items() if torch.is_tensor(v)}
+        metrics |= zip(tensors, torch.stack([*tensors.values()]).tolist() if tensors else [])
+        metrics = merge(gather(metrics))
+        metrics["step_time"] = time.perf_counter() - self.begun
+        self.log.write(self.state.step, metrics)
+        shown = {label: metrics[name] for label, name in self.shown.items() if name in metrics}
+        self.bar.set_postfix({label: f"{v:.4f}" for label, v in shown.items()}, refresh=False)
+        self.bar.update()
+        if self.state.seen >= self.state.total:
+            self.bar.close()
 
     def tell(self, metrics, words):
         """What a validation found: {name: number} for TensorBoard, words for the progress bar."""
@@ -524,8 +552,9 @@ def write_atomic(path, content):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        hint = "what was there before is intact"
-        raise RunError(f"{path} could not be written ({error.strerror}); {hint}") from None
+        raise RunError(
+            f"{path} could not be written ({error.strerror}); what was there before is intact"
+        ) from None
 
 
 def save_checkpoint(path, state):

@@ -7,40 +7,23 @@ Its flags are in config.py.
 
 import contextlib
 import copy
-import dataclasses
-import itertools
-import math
 import os
 import shlex
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import grpo
-import mining
-import report
 import rewards
 import runs
+import study
 from config import parse
-from data import (
-    Crops,
-    DataError,
-    adair_repeats,
-    in_draws,
-    list_training,
-    names_digest,
-    split_usable,
-    task_names,
-)
+from data import Crops, DataError
 from judge import Judge, JudgeError
-from metrics import evaluate, evaluation_pair, psnr, psnrs
+from metrics import evaluation_pair
 from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
 from policy import USUAL, PolicyError, load_policy, policy_for, policy_state, states_on
 
@@ -66,73 +49,85 @@ class State:
 
     COUNTERS = ("total", "step", "seen", "history")
 
-    @classmethod
-    def attach(cls, config, pretrained, crops, checkpoint=None):
-        """A policy attached to a copy of the pre-trained model, such that the deterministic output
-        is the model's; or both as a checkpoint has them."""
-        training = config.training
-        torch.manual_seed(config.seed)
-        model = copy.deepcopy(pretrained)
-        model.config["mask_rule"] = config.policy.mask_rule
-        model.requires_grad_(not training.freeze_backbone)
-        policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
-        policy = policy.to(config.device)
-        if not checkpoint:
-            usual = (batch.degraded for batch in crops.batches_of_each_task(USUAL))
-            policy.fit(states_on(model, policy, usual))
-        policy.requires_grad_(not training.freeze_heads)
-        groups = []
-        for net, name in ((policy, "lr_heads"), (model, "lr")):
-            learned = [p for p in net.parameters() if p.requires_grad]
-            groups += [dict(params=learned, name=name)] if learned else []
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
-        live = torch.nn.ModuleDict(dict(model=model, policy=policy))
-        crops_a_step = training.batch_size * runs.processes()
-        total = training.steps * crops_a_step or training.epochs * len(crops.samples)
-        averaged = runs.averaged(live, training.ema)
-        state = cls(live, averaged, policy.frozen_copy(), optimizer, total)
-        try:
-            if checkpoint:
-                live.load_state_dict(checkpoint["live"])
-                averaged.module["model"].load_state_dict(checkpoint["model"])
-                averaged.module["policy"].load_state_dict(checkpoint["policy"])
-                averaged.n_averaged += checkpoint["step"]
-                state.reference.load_state_dict(checkpoint["ref"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                for name in cls.COUNTERS:
-                    setattr(state, name, checkpoint[name])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{error!r:.200}"
-            raise CheckpointError(f"last.pt holds no run of this version ({reason})") from None
-        return state
-
     def checkpoint(self):
         model, policy = self.averaged.module.values()
-        weights = dict(model=model.state_dict(), config=model.config) | policy_state(policy)
-        rest = dict(live=self.live.state_dict(), ref=self.reference.state_dict())
-        rest |= dict(optimizer=self.optimizer.state_dict())
-        return weights | rest | {name: getattr(self, name) for name in self.COUNTERS}
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
+        return dict(
+            model=model.state_dict(),
+            config=model.config,
+            live=self.live.state_dict(),
+            ref=self.reference.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            **policy_state(policy),
+            **counters,
+        )
+
+    def load(self, checkpoint):
+        """Goes on where a checkpoint of this run stopped. Raises CheckpointError."""
+        try:
+            self.live.load_state_dict(checkpoint["live"])
+            self.averaged.module["model"].load_state_dict(checkpoint["model"])
+            self.averaged.module["policy"].load_state_dict(checkpoint["policy"])
+            self.averaged.n_averaged += checkpoint["step"]
+            self.reference.load_state_dict(checkpoint["ref"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for name in self.COUNTERS:
+                setattr(self, name, checkpoint[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"last.pt holds no run of this version ({error!r:.200})"
+            ) from None
 
     @property
     def progress(self):
         """From 0 to 1 over the run."""
         return self.seen / self.total
 
-    def begin_step(self, config):
-        """Clears the gradients; sets the rates, which rise, and, if they are to, fall to 0."""
-        training = config.training
+    def set_rates(self, training):
+        """The rates of the next step, which rise, and, if they are to, fall to 0."""
         factor = min(1, (self.step + 1) / max(training.warm_up, 1))
         if training.schedule == "linear":
             factor *= 1 - self.progress
         rates = dict(lr=training.lr, lr_heads=training.lr * training.head_lr_factor)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * rates[group["name"]]
-        self.optimizer.zero_grad()
 
     def restore(self, image):
         """The deterministic output of the averaged weights, for images of any size."""
         model, policy = self.averaged.module.values()
         return restore(model, image, controller=policy.mean())
+
+
+def attach(config, pretrained, crops, checkpoint=None):
+    """The State in which a policy is attached to a copy of the pre-trained model, so that the
+    deterministic output is the model's; or that of a checkpoint."""
+    training = config.training
+    torch.manual_seed(config.seed)
+    model = copy.deepcopy(pretrained)
+    model.config["mask_rule"] = config.policy.mask_rule
+    policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
+    policy = policy.to(config.device)
+    if not checkpoint:
+        usual = (batch.degraded for batch in crops.batches_of_each_task(USUAL))
+        policy.fit(states_on(model, policy, usual))
+    model.requires_grad_(not training.freeze_backbone)
+    policy.requires_grad_(not training.freeze_heads)
+    groups = []
+    for net, name in ((policy, "lr_heads"), (model, "lr")):
+        learned = [p for p in net.parameters() if p.requires_grad]
+        groups += [dict(params=learned, name=name)] if learned else []
+    live = torch.nn.ModuleDict(dict(model=model, policy=policy))
+    crops_a_step = training.batch_size * runs.processes()
+    state = State(
+        live=live,
+        averaged=runs.averaged(live, training.ema),
+        reference=policy.frozen_copy(),
+        optimizer=torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True),
+        total=training.steps * crops_a_step or training.epochs * len(crops.samples),
+    )
+    if checkpoint:
+        state.load(checkpoint)
+    return state
 
 
 def post_train(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
@@ -143,137 +138,118 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     judge.Judge; checkpoint: what a run that goes on had saved.
     """
     # Sec. 3.2: the training images that the pre-trained model restores worst
-    hard = hard_samples(config, run, pretrained, samples)
+    hard = study.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
 
     # Eq. 4: six heads that start where the pre-trained model is; π_ref stays there
-    state = State.attach(config, pretrained, crops, checkpoint)
-    (model, policy), reference = state.live.values(), state.reference
-    weights = config.policy.clip, config.policy.kl_beta, config.policy.entropy_tau
-    lambdas = config.policy.lambda_sup, config.policy.lambda_cons
+    state = attach(config, pretrained, crops, checkpoint)
+    model, policy = state.live.values()
     run.start(state, config.objective, shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
 
     for batch in run.batches(crops, config.training.batch_size):
-        validate_when_due(config, run, reward, val)
-        state.begin_step(config)
+        study.validate_when_due(config, run, reward, val)
+        state.set_rates(config.training)
 
         # Eq. 4, 5: encode once, decode G sampled actions without graph
-        generators = action_generators(config, batch.numbers)
+        generators = study.generators_of(config, batch.numbers)
         with half_precision(config):
             encoding = model.encode(batch.degraded)
             group = grpo.rollout(model, policy, encoding, config.policy.group_size, generators)
 
         # Eq. 22, 8: reward every rollout, normalise within its group
         scores, terms = reward(group.restored, batch.degraded, batch.gt, batch.tasks, judge)
-        advantages = grpo.group_advantages(scores)  # (B, G)
-        if reward.is_judge_alone:  # NaN is what it could not score
-            advantages = advantages.nan_to_num(nan=0.0)
-        if config.policy.shuffle_advantages:
-            advantages = grpo.shuffled(advantages, generators)
+        advantages = study.advantages(scores, config.policy, generators)  # (B, G)
 
         # Eq. 1, 2: the best rollout and the mean action again, with graph, train the backbone
-        chosen = grpo.best_of_group(scores)
-        if config.policy.supervise == "random":
-            chosen = grpo.random_of_group(scores, generators)
+        chosen = study.chosen_rollout(scores, config.policy, generators)  # g*
         best_actions = grpo.pick(group.actions, chosen)
         with half_precision(config):
             best, mean = grpo.decode_best_and_mean(model, policy, encoding, best_actions)
-        weight_rl, weight_sup = None, None
-        if config.policy.weighting == "difficulty":
-            weight_rl, weight_sup = grpo.difficulty_weights(psnrs(mean.detach(), batch.gt))
+        weight_rl, weight_sup = study.image_weights(mean, batch.gt, config.policy)
         loss_sup, loss_cons = grpo.supervised_losses(best, mean, batch.gt, weight_sup)
 
         # Eq. 6, 9–11: the stored states and actions train the heads
         with torch.no_grad():
             old, *_ = policy.evaluate(group.states, group.actions)  # log π_old
-            ref, *_ = reference.evaluate(group.states, group.actions)
-        metrics = describe(batch, scores, terms, best, mean, judge)
-        for _ in range(config.policy.inner_epochs):  # above 1 the clip can bind
-            log_prob, entropy, statistics = policy.evaluate(group.states, group.actions)
-            exact = policy.kl(reference, group.states) if config.policy.kl == "exact" else None
-            given = log_prob, old, ref, advantages, entropy
-            loss_rl, learned = grpo.grpo_loss(*given, *weights, exact, weight_rl)
-
-            # Eq. 7: one objective, one backward pass, one step
-            loss = grpo.total_loss(loss_rl, loss_sup, loss_cons, state.progress, *lambdas)
+        for _ in range(config.policy.inner_epochs - 1):  # then ρ leaves 1, and the clip can bind
+            loss_rl, _ = heads_loss(config.policy, state, group, old, advantages, weight_rl)
             state.optimizer.zero_grad()
-            loss.backward()
-            metrics |= {"loss/sup": loss_sup, "loss/cons": loss_cons, **learned, **statistics}
-            metrics |= run.step([state.optimizer], loss)
-            loss_sup, loss_cons = loss_sup.detach(), loss_cons.detach()  # again: the heads alone
+            loss_rl.backward()
+            run.descend([state.optimizer], loss_rl)
+        loss_rl, learned = heads_loss(config.policy, state, group, old, advantages, weight_rl)
 
-        state.averaged.update_parameters(state.live)
-        run.finish(metrics)
-    validate_when_due(config, run, reward, val)
+        # Eq. 7: one objective, one backward pass, one step
+        loss = grpo.total_loss(
+            loss_rl,
+            loss_sup,
+            loss_cons,
+            state.progress,
+            sup_weights=config.policy.lambda_sup,
+            cons_weights=config.policy.lambda_cons,
+        )
+        state.optimizer.zero_grad()
+        loss.backward()
+        metrics = study.describe(scores, terms, judge) | learned
+        metrics |= {"loss/sup": loss_sup, "loss/cons": loss_cons}
+        metrics |= {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
+        metrics |= {"psnr_best": study.batch_psnr(best, batch.gt)}
+        metrics |= {"psnr_det": study.batch_psnr(mean, batch.gt)}
+        run.update([state.optimizer], loss, metrics)
+    study.validate_when_due(config, run, reward, val)
     return state
+
+
+def heads_loss(settings, state, group, old, advantages, weights):
+    """Eq. 6 on the stored states and actions of a `grpo.Group`, and its metrics. old: log π_old,
+    advantages: (B, G); weights: (B,), of the images, or None for 1."""
+    policy, reference = state.live["policy"], state.reference
+    log_prob, entropy, statistics = policy.evaluate(group.states, group.actions)
+    with torch.no_grad():
+        ref, *_ = reference.evaluate(group.states, group.actions)
+    exact_kl = policy.kl(reference, group.states) if settings.kl == "exact" else None
+    loss, metrics = grpo.grpo_loss(
+        log_prob,
+        old,
+        ref,
+        advantages,
+        entropy,
+        clip=settings.clip,
+        beta=settings.kl_beta,
+        tau=settings.entropy_tau,
+        exact_kl=exact_kl,
+        weights=weights,
+    )
+    return loss, metrics | statistics
 
 
 def fine_tune(config, run, pretrained, reward, samples, val, checkpoint=None):
     """The controls: the same samples, steps and rates, no rollouts and no RL. The deterministic
     output learns from L1 (sft), from the gradient of the reward itself, which RL does without
     (reward), or from both (reward+sft). Returns the State after the last step."""
-    hard = hard_samples(config, run, pretrained, samples)
+    hard = study.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
-    state = State.attach(config, pretrained, crops, checkpoint)
+    state = attach(config, pretrained, crops, checkpoint)
     model, policy = state.live.values()
-    parts = config.objective.split("+")
     run.start(state, config.objective, shown=dict(psnr="psnr_det"))
     for batch in run.batches(crops, config.training.batch_size):
-        validate_when_due(config, run, reward, val)
-        state.begin_step(config)
+        study.validate_when_due(config, run, reward, val)
+        state.set_rates(config.training)
         with half_precision(config):
             mean = model(batch.degraded, policy.mean())
         losses = {}
-        if "sft" in parts:
+        if "sft" in config.objective:
             losses["loss/l1"] = (mean - batch.gt).abs().mean()
-        if "reward" in parts:
+        if "reward" in config.objective:
             of_images = reward.differentiable(mean.float(), batch.gt, batch.tasks)
             losses["loss/reward"] = -of_images.mean()
         loss = sum(losses.values())
+        state.optimizer.zero_grad()
         loss.backward()
-        metrics = losses | run.step([state.optimizer], loss)
-        metrics["psnr_in"] = batch_psnr(batch.degraded, batch.gt)
-        metrics["psnr_det"] = batch_psnr(mean, batch.gt)
-        state.averaged.update_parameters(state.live)
-        run.finish(metrics)
-    validate_when_due(config, run, reward, val)
+        metrics = losses | {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
+        metrics |= {"psnr_det": study.batch_psnr(mean, batch.gt)}
+        run.update([state.optimizer], loss, metrics)
+    study.validate_when_due(config, run, reward, val)
     return state
-
-
-def hard_samples(config, run, pretrained, samples):
-    """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
-    digest, path = model_digest(pretrained), run.folder / "hard.json"
-    if runs.gather(path.exists())[0]:
-        hard = mining.load_hard(path, digest, samples)
-    else:
-        pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
-        known = mining.known_scores(config.samples.scores, digest)
-        rows, problems = mining.mine(
-            partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
-        )
-        runs.say_skipped(problems)
-        if not rows:
-            where = config.samples.data_root or "the demo's photographs"
-            crops = f"can be used with crops of {config.samples.crop} px"
-            raise DataError(f"none of the training images of {where} {crops}")
-        choice = config.samples.hard_ratio, config.samples.select, config.samples.hard_scope
-        chosen = mining.select(rows, *choice, config.seed)
-        hard = mining.save_hard(path, digest, rows, chosen, samples)
-        runs.same_everywhere("set of hard images", names_digest(hard))
-    how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
-    how += f", scope {config.samples.hard_scope}"
-    runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
-    photos = any(s.box for s in hard)  # AdaIR's repeats are for its folders
-    return adair_repeats(hard) if config.samples.select == "all" and not photos else hard
-
-
-def action_generators(config, numbers):
-    """One generator for the actions of each crop, which follow from the run's seed and the crop's
-    number alone."""
-    generators = [torch.Generator(config.device) for _ in numbers]
-    # mixed, since a CPU's generator takes the low 32 bits of a seed
-    seeds = [int(np.random.SeedSequence((config.seed, n)).generate_state(1)[0]) for n in numbers]
-    return [g.manual_seed(seed) for g, seed in zip(generators, seeds)]
 
 
 def half_precision(config):
@@ -281,65 +257,6 @@ def half_precision(config):
     all the same."""
     kind = torch.device(config.device).type
     return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
-
-
-def validate_when_due(config, run, reward, val):
-    """Every --eval-every steps, at the start and at the end: PSNR and reward of the deterministic
-    output on `val`, against the start. Its mean PSNR over tasks chooses best.pt."""
-    state, history = run.state, run.state.history
-    is_due = state.step % config.training.eval_every == 0 or state.seen >= state.total
-    if not (val and is_due) or (history and history[-1]["step"] == state.step):
-        return
-    rows = report.by_task(measure(run, reward, state.restore, val, "validate"))
-    found = {
-        key: {task: report.mean(of_task, key) for task, of_task in rows.items()}
-        for key in ("psnr", "reward")
-    }
-    best = max((report.mean_of(past["psnr"]) for past in history), default=-math.inf)
-    history.append({"step": state.step, **found})
-    if report.mean_of(found["psnr"]) > best:
-        run.save("best.pt")
-    gains = report.gains_since_start(history)[-1]
-    words = f"{gains['psnr']['mean']:+.3f} dB, reward {gains['reward']['mean']:+.5f}"
-    named = {f"val/{key}/{task}": v for key, of in gains.items() for task, v in of.items()}
-    run.tell(named, f"{config.objective} (validation {words})")
-
-
-def measure(run, reward, restoring, samples, desc):
-    """AdaIR's protocol and the reward over `samples`, by all processes: rows."""
-
-    def also(sample, degraded, restored, gt):
-        return dict(reward=reward.of_image(restored, gt, sample.task))
-
-    mapper = partial(runs.parallel_map, desc=desc, stop=run.stop)
-    return evaluate(restoring, samples, also, mapper)
-
-
-def batch_psnr(restored, gt):
-    """Mean PSNR in dB over a batch."""
-    return psnrs(restored.detach(), gt).mean()
-
-
-def describe(batch, scores, terms, best, mean, judge):
-    """What the log says of a group's rewards and outputs: {name: scalar}."""
-    metrics = {
-        "psnr_in": batch_psnr(batch.degraded, batch.gt),
-        "psnr_best": batch_psnr(best, batch.gt),
-        "psnr_det": batch_psnr(mean, batch.gt),
-    }
-    scored = scores[scores.isfinite().all(dim=1)]  # the judge may have failed a group
-    if len(scored):
-        deviation = scored.std(dim=1, correction=0)  # (B,)
-        metrics |= {"reward": scored.mean(), "reward_std": deviation.mean()}
-        metrics["frac_reward_zero_std"] = (deviation < 1e-7).float().mean()
-    for name, value in terms.items():
-        value = value[value.isfinite().all(dim=1)]
-        if len(value):
-            metrics[f"rewards/{name}/mean"] = value.mean()
-            metrics[f"rewards/{name}/std"] = value.std(dim=1, correction=0).mean()
-    if judge and judge.problem:
-        tqdm.write(f"judge: {judge.problem}")
-    return metrics | (judge.metrics if judge else {})
 
 
 # -------------------------------------------------------------------------------- around the method
@@ -358,80 +275,43 @@ def train(config, stop, judge=None):
     # The three things a run is made of: a pre-trained model, a reward, samples.
     pretrained = load_pretrained(config.init, config.policy.mask_rule)
     pretrained = pretrained.to(config.device, memory_format=torch.channels_last)
-    reward = make_reward(config, judge)
-    samples, val, held_out = usable_samples(config.samples, rewards.smallest_side(reward.weights))
+    reward = study.make_reward(config, judge is not None)
+    side = rewards.smallest_side(reward.weights)
+    samples, val, held_out = study.usable_samples(config.samples, side)
+    study.try_reward(config, reward, val[0])
     step = checkpoint["step"] if checkpoint else None
     runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
 
     folder.mkdir(parents=True, exist_ok=True)
     if judge:
         start_judge(judge, val[0], config)
-    device = config.device if runs.processes() == 1 else torch.device(config.device).type
-    training = dataclasses.replace(config.training, max_minutes=None)
-    stored = dataclasses.replace(config, resume=None, device=device, training=training)
-    runs.save_json(folder / "config.json", dataclasses.asdict(stored))  # now --resume goes on
+    study.store_config(config, folder)  # now --resume goes on
     expert = config.expert
     name = judge and f"{expert.judge_model or expert.judge}, {expert.judge_mode}"
-    describe_reward(reward, name, folder)
+    study.describe_reward(reward, name, folder)
 
-    again, training = f"--resume {folder}", config.training
-    shell = config.device, config.samples.workers, training.save_every, training.keep_every, ERRORS
-    with runs.Run(folder, stop, again, *shell) as run:
-        given = config, run, pretrained, reward, samples, val
+    with runs.Run(
+        folder,
+        stop,
+        again=f"--resume {folder}",
+        device=config.device,
+        workers=config.samples.workers,
+        save_every=config.training.save_every,
+        keep_every=config.training.keep_every,
+        failures=ERRORS,
+    ) as run:
         if config.objective == "irpo":
-            state = post_train(*given, judge, checkpoint)
+            state = post_train(
+                config, run, pretrained, reward, samples, val, judge=judge, checkpoint=checkpoint
+            )
         else:
-            state = fine_tune(*given, checkpoint)
+            state = fine_tune(config, run, pretrained, reward, samples, val, checkpoint=checkpoint)
         run.save("last.pt")
         if len(set(runs.gather(model_digest(state.live["model"])))) > 1:
             runs.say(
                 "note: the processes' weights are not equal to the bit; the first one's are kept"
             )
-        write_report(config, run, pretrained, reward, held_out)
-
-
-def make_reward(config, judge):
-    """The composite reward that --rewards asks for. Raises RewardError, and RunError where the
-    crops are too small."""
-    weights = rewards.parse_terms(config.scoring.rewards, judge is not None)
-    side = rewards.smallest_side(weights)
-    if config.samples.crop < side:
-        crops = f"crops of {config.samples.crop} px are too small for these rewards"
-        raise runs.RunError(f"{crops}: they need {side}")
-    reward = rewards.Reward(weights, config.device, config.scoring.weights_dir)
-    if reward.is_judge_alone and not config.training.freeze_backbone:
-        hint = "a group that the judge cannot score would have no best rollout"
-        raise runs.RunError(f"--rewards with qwen alone goes with --freeze-backbone: {hint}")
-    return reward
-
-
-def describe_reward(reward, judge, folder):
-    """Prints and stores the table of terms; judge: what to call it."""
-    rows = rewards.describe_terms(reward.weights, judge)
-    table = report.markdown(rows[0], [row.values() for row in rows])
-    runs.say("reward, Eq. 22: weights are renormalised over the terms that are on (--rewards)")
-    runs.say(f"{table}\n")
-    runs.save_json(folder / "rewards.json", rows)
-
-
-def usable_samples(config, side):
-    """(training, validation, held-out) samples; those to measure on are decoded once and have
-    `side` px or more a side, those to train on are looked at when they are mined. Raises DataError
-    when nothing is left to measure on."""
-    tasks = task_names(config.tasks) if config.tasks else ()
-    split = list_training(config.data_root, tasks=tasks, listed=config.listed)
-    samples = in_draws(split.train, config.draws, config.crop)
-    runs.same_everywhere("list of images", names_digest([*samples, *split.val, *split.held_out]))
-    val, broken = split_usable(split.val, max(16, side))
-    held_out, more = split_usable(split.held_out, max(16, side))
-    runs.say_skipped(split.problems + broken + more)
-    if not (val and held_out):
-        words = "none of the images set aside to measure on can be read"
-        raise DataError(f"{words}: {(broken + more)[0]}")
-    counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in samples).items())
-    aside = f"{len(val)} to choose on, {len(held_out)} to report on"
-    runs.say(f"training images: {counts}; set aside: {aside}")
-    return samples, val, held_out
+        study.write_report(config, run, pretrained, reward, held_out)
 
 
 def make_judge(config, stop):
@@ -484,61 +364,6 @@ def start_judge(judge, sample, config):
     degraded, gt = (t.repeat(n, 1, 1, 1) for t in images)
     runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
     judge.start(degraded, gt, config.policy.group_size)
-
-
-def write_report(config, run, pretrained, reward, held_out):
-    """The last step against the start, on images that were looked at by nobody before: report.md,
-    report.json, curves.png, samples.png."""
-    state, folder = run.state, run.folder
-    before = measure(run, reward, partial(restore, pretrained), held_out, "before")
-    after = measure(run, reward, state.restore, held_out, "after")
-    if runs.rank():
-        return
-    gains = [new["psnr"] - old["psnr"] for old, new in zip(before, after)]
-    rows = []
-    for i in report.typical_and_worst(before, gains):
-        degraded, gt = evaluation_pair(held_out[i])
-        images = dict(input=degraded, before=restore(pretrained, degraded))
-        images["after"] = state.restore(degraded)
-        captions = [(f"{name}  {psnr(image, gt):.2f} dB", image) for name, image in images.items()]
-        captions[0] = f"{held_out[i].task}: {captions[0][0]}", degraded
-        rows.append([*captions, (f"truth  ({gains[i]:+.2f} dB)", gt)])
-    runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
-    steps = lost = failures = 0
-    for row in runs.read_metrics(folder):  # of a long run too many to hold
-        steps, lost = steps + 1, lost + row["skipped"]
-        failures += int(row.get("judge/failures", 0))
-    every = 1 + steps // 10_000  # what a plot can show
-    shown = list(itertools.islice(runs.read_metrics(folder), 0, None, every))
-    report.plot_curves(folder / "curves.png", shown, state.history)
-
-    hard = mining.select(before, 0.3)
-    table = report.before_after_table(before, after, hard)
-    notes = f" In {lost} steps loss or gradient were not finite; they were skipped." if lost else ""
-    without = "the reward without the judge's part"
-    if reward.is_judge_alone:
-        without = "the reward that of --rewards default, not the judge's, which trained"
-    if config.expert.judge != "none":
-        notes += f" The judge left {failures} rollouts without a score in {steps} steps."
-    text = f"""# {config.objective}: before and after, {len(before)} held-out images
-
-{table}
-
-Seed {config.seed}, torch {torch.__version__}, {config.device}. PSNR and SSIM by AdaIR's protocol,
-deterministic output of the last step; {without}. Hard are the 30 % of each task with the lowest
-PSNR before.{notes}
-Command: `{config.command}`
-
-![curves](curves.png)
-![samples](samples.png)
-
-The last row of the samples is the image of lowest gain, the others are of median gain.
-"""
-    runs.write_atomic(folder / "report.md", text.encode())
-    stored = dict(before=before, after=after, hard=hard, validation=state.history)
-    runs.save_json(folder / "report.json", stored)
-    files = "report.md, curves.png, samples.png, last.pt, metrics.jsonl"
-    runs.say(f"\n{table}\n\neverything of this run lies in {folder}: {files}")
 
 
 def run_program(argv):

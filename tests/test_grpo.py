@@ -33,6 +33,17 @@ def test_epsilon_stands_inside_the_root():
     )
 
 
+def test_a_small_epsilon_damps_no_group():
+    """At ε 1e-12 a group of deviation 1e-4 has advantages of RMS 1; at 1e-6 they are 0.1."""
+    r = 0.5 + torch.tensor([[1e-4, -1e-4, 1e-4, -1e-4]], dtype=torch.float64)
+    for eps, rms in ((1e-12, 1.0), (1e-6, 1e-4 / math.sqrt(1e-8 + 1e-6))):
+        a = grpo.group_advantages(r, eps)
+        assert a.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-4)
+        zeros = torch.zeros(1, 4)
+        metrics = grpo.grpo_loss(zeros, zeros, zeros, a, zeros)[1]
+        assert metrics["advantage_rms"].item() == pytest.approx(rms, rel=1e-4)
+
+
 def test_groups_are_normalised_one_by_one_and_without_gradient():
     r = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     a = grpo.group_advantages(
@@ -160,12 +171,12 @@ def test_supervised_losses_and_where_their_gradient_goes():
     assert best.grad.abs().sum() > 0 and det.grad.abs().sum() > 0
 
 
-def test_a_group_drawn_in_parts_is_that_of_each_image_alone():
-    """Five rollouts of two images, drawn as 2, 2 and 1: each replayed by itself."""
+def test_a_group_is_that_of_each_rollout_alone():
+    """Five rollouts of two images: each replayed by itself."""
     net, g = small_adair(para1=0.1), torch.Generator().manual_seed(0)
     policy, x = policy_for(net), torch.rand(2, 3, 32, 32, generator=g)
     with torch.no_grad():
-        group = grpo.rollout(net, policy, net.encode(x), 5, [g], at_once=2)
+        group = grpo.rollout(net, policy, net.encode(x), 5, [g])
         assert group.restored.shape == (2, 5, 3, 32, 32) and group.actions.shape == (2, 5, 3, 4)
         assert len(torch.unique(group.actions[..., 0, 2])) == 10
         for b in range(2):
@@ -193,12 +204,14 @@ def test_weights_are_of_images():
     weights = torch.tensor([2.0, 0.5])
     logp, old, ref = torch.randn(3, 2, 4)
     a, entropy = grpo.group_advantages(torch.rand(2, 4)), torch.rand(2, 4)
-    given = logp, old, ref, a, entropy
-    each = [grpo.grpo_loss(*(t[i : i + 1] for t in given), beta=0, tau=0)[0] for i in range(2)]
-    weighted = grpo.grpo_loss(*given, beta=0, tau=0, weights=weights)[0]
+
+    def loss(i=slice(None), **settings):
+        return grpo.grpo_loss(logp[i], old[i], ref[i], a[i], entropy[i], **settings)[0]
+
+    each = [loss(slice(i, i + 1), beta=0, tau=0) for i in range(2)]
+    weighted = loss(beta=0, tau=0, weights=weights)
     assert weighted.item() == pytest.approx((2 * each[0] + 0.5 * each[1]).item() / 2, rel=1e-5)
-    rest = [grpo.grpo_loss(*given)[0] - grpo.grpo_loss(*given, beta=0, tau=0)[0]]
-    rest.append(grpo.grpo_loss(*given, weights=weights)[0] - weighted)
+    rest = [loss() - loss(beta=0, tau=0), loss(weights=weights) - weighted]
     assert rest[0].item() == pytest.approx(rest[1].item(), rel=1e-4)
     best, det, gt = torch.rand(3, 2, 3, 8, 8)
     sup, cons = grpo.supervised_losses(best, det, gt, weights)

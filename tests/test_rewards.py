@@ -238,6 +238,81 @@ def test_the_table_says_why_a_term_is_off():
     assert sum(row["weight"] for row in rows.values()) == pytest.approx(1, abs=1e-3)
 
 
+# ------------------------------------------------------------------------------- rewards of a user
+
+
+def plug(folder, body, name="mine"):
+    """A file with the reward `mine` of this body, as --rewards wants it."""
+    path = folder / "my_rewards.py"
+    path.write_text(f"def mine(restored, gt):\n    {body}\n")
+    return f"{path}:{name}"
+
+
+@pytest.fixture
+def no_plugs():
+    """Takes the user's rewards out of the table again."""
+    yield
+    for name in [name for name, term in rewards.TERMS.items() if term.plug]:
+        del rewards.TERMS[name]
+
+
+def test_a_reward_of_the_users_is_a_general_term(tmp_path, no_plugs, pair):
+    """R of psnr (0.2) and mine (0.3) inside R_gen, and of the task, by hand."""
+    source = plug(tmp_path, "return 1 - (restored - gt).abs().mean(dim=(1, 2, 3))")
+    reward = rewards.Reward(rewards.parse_terms(f"psnr,task,{source}=0.3"))
+    y, gt = pair
+    r, terms = reward(y[:, None], y, gt, ["dehaze"] * 2)
+    mine = 1 - (y - gt).abs().flatten(1).mean(dim=1)
+    assert torch.allclose(terms["mine"][:, 0], mine)
+    general = (0.2 * rewards.r_psnr(y, gt) + 0.3 * mine) / 0.5
+    assert torch.allclose(r[:, 0], (0.6 * general + 0.3 * rewards.r_contrast(y, gt)) / 0.9)
+    alone = [reward.of_image(y[i], gt[i], "dehaze") for i in range(2)]
+    assert alone == pytest.approx(r[:, 0].tolist())
+    reward.try_plugs(gt[0], has_gradient=True)
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("return restored.mean()", r"gave \(\) for 2 images: .* of shape \(2,\)"),
+        ("return 0.5", "gave float for 2 images"),
+        ("return restored.mean(dim=(1, 2, 3)) + 2", r"not in \[0, 1\]"),
+        ("return gt.mean(dim=(1, 2, 3)) / 0 * 0", r"not in \[0, 1\]"),
+        ("raise KeyError('scale')", r"failed \(KeyError\('scale'\)\)"),
+        ("return gt.mean(dim=(1, 2, 3))", "has no gradient"),
+    ],
+)
+def test_a_reward_of_the_users_that_does_not_work(tmp_path, no_plugs, pair, body, words):
+    reward = rewards.Reward(rewards.parse_terms(f"psnr,{plug(tmp_path, body)}=0.3"))
+    with pytest.raises(rewards.RewardError, match=f"my_rewards.py:mine .*{words}"):
+        reward.try_plugs(pair[1][0], has_gradient=True)
+
+
+def test_a_reward_of_the_users_that_is_not_there(tmp_path, no_plugs):
+    source = plug(tmp_path, "return gt.mean(dim=(1, 2, 3))")
+    for text, words in (
+        (source, "give it a weight"),
+        (f"{source}2=1", "no function mine2"),
+        (f"{tmp_path}/other.py:mine=1", "there is no file"),
+        (f"{plug(tmp_path, 'pass', name='psnr')}=1", "there is a term psnr already"),
+    ):
+        with pytest.raises(rewards.RewardError, match=words):
+            rewards.parse_terms(text)
+    (tmp_path / "my_rewards.py").write_text("import nothing_of_this_name")
+    with pytest.raises(rewards.RewardError, match="the file fails .*nothing_of_this_name"):
+        rewards.parse_terms(f"{source}=1")
+
+
+def test_a_row_added_to_the_table_is_a_term(no_plugs):
+    row = rewards.Term(lambda s: s.y.mean(dim=(1, 2, 3)), "gen", 0.5, plug="by hand")
+    rewards.TERMS["brightness"] = row
+    assert effective("psnr,brightness=0.2") == pytest.approx(dict(psnr=0.5, brightness=0.5))
+
+
+def test_every_task_has_a_reward():
+    assert rewards.TASK_REWARDS.keys() == TASKS.keys()
+
+
 # --------------------------------------------------------------------------------- composite reward
 
 
@@ -271,7 +346,10 @@ def test_a_group_the_judge_could_not_score_is_rewarded_without_it():
 
     class Scores:  # what a judge.Judge is to a reward
         def ask(self, degraded, restored, gt):
-            return lambda: score
+            return "pending"
+
+        def result(self, pending):
+            return score
 
     tasks = ["derain"] * 2
     r, terms = reward(y, gt, gt, tasks, Scores())
@@ -438,6 +516,12 @@ def test_one_image_is_rewarded_as_in_a_group(pair):
         found, _ = reward(y[:, None], y, gt, [task] * 2)
         alone = [reward.of_image(*images, task) for images in zip(y, gt)]
         assert found.flatten().tolist() == pytest.approx(alone, abs=1e-6)
+
+
+def test_psnr_has_a_finite_gradient_at_equality():
+    y = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    rewards.r_psnr(y, y.detach()).sum().backward()
+    assert torch.equal(y.grad, torch.zeros_like(y))
 
 
 def test_the_reward_has_a_gradient(pair):

@@ -27,6 +27,7 @@ import inventory
 import judge
 import pretrain
 import runs
+import study
 import train
 from config import DEMO_MODEL, parse
 from data import TASKS, Crops, Sample, list_training, load_pair
@@ -41,9 +42,10 @@ RUN_FILES = (
     "curves.png samples.png report.md report.json"
 ).split()
 METRICS = (
-    "reward reward_std frac_reward_zero_std kl entropy clip_ratio advantage_abs ratio loss/total "
-    "loss/rl loss/sup loss/cons psnr_best psnr_det grad_norm lr lr_heads step_time skipped "
-    "rewards/psnr/mean rewards/task/std policy/1.r_h/mean policy/3.g_o/concentration"
+    "reward reward_std frac_reward_zero_std kl entropy clip_ratio advantage_abs advantage_rms "
+    "ratio loss/total loss/rl loss/sup loss/cons psnr_best psnr_det grad_norm lr lr_heads "
+    "step_time skipped rewards/psnr/mean rewards/task/std policy/1.r_h/mean "
+    "policy/3.g_o/concentration"
 ).split()
 
 
@@ -144,8 +146,8 @@ def test_reward_ascent_follows_the_gradient_of_the_reward(small, tmp_path):
     train.main(small("run", *flags))
     folder = tmp_path / "run"
     config = parse(small("again", *flags))
-    samples = train.usable_samples(config.samples, 1)[0]
-    hard = train.mining.load_hard(folder / "hard.json", train.model_digest(net), samples)
+    samples = study.usable_samples(config.samples, 1)[0]
+    hard = study.mining.load_hard(folder / "hard.json", study.model_digest(net), samples)
     degraded, gt, *_ = Crops(hard, config.samples.crop, config.seed)[0]
     (net(degraded[None]).clamp(0, 1) - gt).square().mean().backward()
     moved = load_adair(folder / "last.pt").output.weight - net.output.weight
@@ -266,14 +268,14 @@ def test_one_step_is_what_the_equations_say(tmp_path):
     batch = crops.collate([crops[0], crops[1]])
     with torch.no_grad():
         encoding = model.encode(batch.degraded)
-        generators = train.action_generators(config, batch.numbers)
+        generators = study.generators_of(config, batch.numbers)
         group = rollout(model, policy, encoding, 3, generators)
     sup, cons, advantages = 0.0, 0.0, []
     for b in range(2):
         x, gt, task = batch.degraded[b : b + 1], batch.gt[b : b + 1], batch.tasks[b : b + 1]
         outputs = [model(x, policy.replay(action[None])) for action in group.actions[b]]
         r = torch.cat([score(y.detach()[:, None], x, gt, task)[0] for y in outputs]).flatten()
-        advantages.append((r - r.mean()) / (((r - r.mean()) ** 2).mean() + 1e-6).sqrt())  # Eq. 8
+        advantages.append((r - r.mean()) / (((r - r.mean()) ** 2).mean() + 1e-12).sqrt())  # Eq. 8
         y_best, y_det = outputs[r.argmax()], model(x, policy.mean())
         sup = sup + (y_best - gt).abs().mean() / 2
         cons = cons + (y_best - y_det).abs().mean() / 2
@@ -365,17 +367,20 @@ def test_old_command_lines_name_the_new_program(capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--hard-ratio", "0"], "--hard-ratio is 0; it must be in (0, 1]"),
-        (["--hard-ratio", "1.5"], "--hard-ratio is 1.5"),
+        (["--hard-ratio", "0"], "--hard-ratio is 0.0: it should be greater than 0"),
+        (["--hard-ratio", "1.5"], "--hard-ratio is 1.5: it should be less than or equal to 1"),
         (["--hard-ratio", "much"], "--hard-ratio"),
-        (["--crop", "100"], "--crop is 100; it must be a multiple of 8"),
+        (["--crop", "100"], "--crop is 100: it should be a multiple of 8"),
         (["--objective", "sft", "--freeze-backbone"], "would train nothing"),
         (["--freeze-heads", "--freeze-backbone"], "would train nothing"),
         (["--objective", "reward", "--supervise", "random"], "--supervise does nothing"),
         (["--objective", "sft", "--freeze-heads"], "leave --freeze-heads out"),
         (["--freeze-backbone", "--lambda-sup", "3", "3"], "--lambda-sup does nothing"),
         (["--freeze-heads", "--inner-epochs", "2"], "--inner-epochs does nothing"),
-        (["--lambda-sup", "-1", "0"], "--lambda-sup is -1"),
+        (
+            ["--lambda-sup", "-1", "0"],
+            "--lambda-sup is -1.0: it should be greater than or equal to 0",
+        ),
         (["--concentration", "9999"], "--concentration is 9999"),
         (["--scores", "/nowhere.json"], "there is no file /nowhere.json"),
         (["--rewards", "beauty"], "no term 'beauty'"),
@@ -383,7 +388,7 @@ def test_old_command_lines_name_the_new_program(capsys):
         (["--init", "/nowhere.pt"], "there is no checkpoint /nowhere.pt"),
         (["--group-size", "0"], "--group-size is 0"),
         (["--steps", "0", "--epochs", "0"], "nothing would be trained"),
-        (["--max-minutes", "inf"], "--max-minutes is inf; it must be in (0, inf)"),
+        (["--max-minutes", "inf"], "--max-minutes is inf: it should be a finite number"),
         (["--lr", "nan"], "--lr is nan"),
         (["--device", "cuda:99"], "'cuda:99' is no device of this machine"),
         (["--colour", "red"], "Unrecognized options: --colour"),
@@ -399,10 +404,10 @@ def test_another_seed_draws_other_actions_and_another_crop_too(small):
     drawn = {}
     for seed in (0, 1):
         config = parse(small("run", "--seed", seed))
-        for n, generator in zip((7, 8), train.action_generators(config, (7, 8))):
+        for n, generator in zip((7, 8), study.generators_of(config, (7, 8))):
             drawn[seed, n] = torch.rand(1, generator=generator).item()
     assert len(set(drawn.values())) == 4
-    (again,) = train.action_generators(parse(small("run", "--seed", 1)), (8,))
+    (again,) = study.generators_of(parse(small("run", "--seed", 1)), (8,))
     assert torch.rand(1, generator=again).item() == drawn[1, 8]
 
 

@@ -1,0 +1,280 @@
+"""What stands around the loop of a method, whichever it is: its samples and its reward, its
+validations, the report of before against after, and the controls that take a part of it away."""
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import grpo
+import mining
+import report
+import rewards
+import runs
+from data import (
+    DataError,
+    adair_repeats,
+    in_draws,
+    list_training,
+    names_digest,
+    split_usable,
+    task_names,
+)
+from metrics import evaluate, evaluation_pair, psnr, psnrs
+from model import model_digest, restore
+
+# ------------------------------------------------------------------------------- reward and samples
+
+
+def make_reward(config, has_judge):
+    """The composite reward that --rewards asks for. Raises RewardError, and RunError where the
+    crops are too small, or the user's own reward has changed since the run began."""
+    plugs = rewards.plugs_of(config.scoring.rewards)
+    if config.resume and plugs != config.plugs:
+        raise runs.RunError(
+            f"{', '.join(plugs)} changed since {config.resume} began: start a new run"
+        )
+    config.plugs = plugs
+    weights = rewards.parse_terms(config.scoring.rewards, has_judge)
+    side = rewards.smallest_side(weights)
+    if config.samples.crop < side:
+        raise runs.RunError(
+            f"crops of {config.samples.crop} px are too small for these rewards: they need {side}"
+        )
+    reward = rewards.Reward(weights, config.device, config.scoring.weights_dir)
+    if reward.is_judge_alone and not config.training.freeze_backbone:
+        raise runs.RunError(
+            "--rewards with qwen alone goes with --freeze-backbone: "
+            "a group that the judge cannot score would have no best rollout"
+        )
+    return reward
+
+
+def try_reward(config, reward, sample):
+    """Tries the user's own rewards on a crop of a sample: what fails should fail before anything
+    is mined. Raises RewardError."""
+    _, gt = evaluation_pair(sample)
+    reward.try_plugs(
+        gt[:, : config.samples.crop, : config.samples.crop],
+        has_gradient="reward" in config.objective,
+    )
+
+
+def store_config(config, folder):
+    """Writes config.json, from which --resume goes on, on other devices of the kind, too."""
+    device = config.device if runs.processes() == 1 else torch.device(config.device).type
+    training = dataclasses.replace(config.training, max_minutes=None)
+    stored = dataclasses.replace(config, resume=None, device=device, training=training)
+    runs.save_json(folder / "config.json", dataclasses.asdict(stored))
+
+
+def describe_reward(reward, judge, folder):
+    """Prints and stores the table of terms; judge: what to call it."""
+    rows = rewards.describe_terms(reward.weights, judge)
+    table = report.markdown(rows[0], [row.values() for row in rows])
+    runs.say("reward, Eq. 22: weights are renormalised over the terms that are on (--rewards)")
+    runs.say(f"{table}\n")
+    runs.save_json(folder / "rewards.json", rows)
+
+
+def usable_samples(config, side):
+    """(training, validation, held-out) samples; those to measure on are decoded once and have
+    `side` px or more a side, those to train on are looked at when they are mined. Raises DataError
+    when nothing is left to measure on."""
+    tasks = task_names(config.tasks) if config.tasks else ()
+    split = list_training(config.data_root, tasks=tasks, listed=config.listed)
+    samples = in_draws(split.train, config.draws, config.crop)
+    runs.same_everywhere("list of images", names_digest([*samples, *split.val, *split.held_out]))
+    val, broken = split_usable(split.val, max(16, side))
+    held_out, more = split_usable(split.held_out, max(16, side))
+    runs.say_skipped(split.problems + broken + more)
+    if not (val and held_out):
+        words = "none of the images set aside to measure on can be read"
+        raise DataError(f"{words}: {(broken + more)[0]}")
+    counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in samples).items())
+    aside = f"{len(val)} to choose on, {len(held_out)} to report on"
+    runs.say(f"training images: {counts}; set aside: {aside}")
+    return samples, val, held_out
+
+
+def hard_samples(config, run, pretrained, samples):
+    """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
+    digest, path = model_digest(pretrained), run.folder / "hard.json"
+    if runs.gather(path.exists())[0]:
+        hard = mining.load_hard(path, digest, samples)
+    else:
+        pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
+        known = mining.known_scores(config.samples.scores, digest)
+        rows, problems = mining.mine(
+            partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
+        )
+        runs.say_skipped(problems)
+        if not rows:
+            where = config.samples.data_root or "the demo's photographs"
+            crops = f"can be used with crops of {config.samples.crop} px"
+            raise DataError(f"none of the training images of {where} {crops}")
+        choice = config.samples.hard_ratio, config.samples.select, config.samples.hard_scope
+        chosen = mining.select(rows, *choice, config.seed)
+        hard = mining.save_hard(path, digest, rows, chosen, samples)
+        runs.same_everywhere("set of hard images", names_digest(hard))
+    how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
+    runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
+    return adair_repeats(hard) if config.samples.repeats == "adair" else hard
+
+
+def generators_of(config, numbers):
+    """One generator for each crop: what is random about it follows from the run's seed and the
+    crop's number alone."""
+    generators = [torch.Generator(config.device) for _ in numbers]
+    # mixed, since a CPU's generator takes the low 32 bits of a seed
+    seeds = [int(np.random.SeedSequence((config.seed, n)).generate_state(1)[0]) for n in numbers]
+    return [g.manual_seed(seed) for g, seed in zip(generators, seeds)]
+
+
+# ------------------------------------------------------------------------------------ the controls
+# Each is the method's own line, or, where a flag asks for it, what the line has to beat.
+
+
+def advantages(scores, policy, generators):
+    """`grpo.group_advantages` of scores (B, G), 0 in a group that the judge alone had to score and
+    could not; --shuffle-advantages: in random order within each group."""
+    found = grpo.group_advantages(scores, policy.advantage_eps).nan_to_num(nan=0.0)
+    return grpo.shuffled(found, generators) if policy.shuffle_advantages else found
+
+
+def chosen_rollout(scores, policy, generators):
+    """g* of each group, (B,); --supervise random: any rollout of it."""
+    if policy.supervise == "random":
+        return grpo.random_of_group(scores, generators)
+    return grpo.best_of_group(scores)
+
+
+def image_weights(restored, gt, policy):
+    """(w_RL, w_sup), (B,) each, of images (B, 3, H, W): --weighting difficulty; else 1, as None."""
+    if policy.weighting == "difficulty":
+        return grpo.difficulty_weights(psnrs(restored.detach(), gt))
+    return None, None
+
+
+# ------------------------------------------------------------------------------------- measurements
+
+
+def measure(run, reward, restoring, samples, desc):
+    """AdaIR's protocol and the reward over `samples`, by all processes: rows."""
+
+    def also(sample, degraded, restored, gt):
+        return dict(reward=reward.of_image(restored, gt, sample.task))
+
+    mapper = partial(runs.parallel_map, desc=desc, stop=run.stop)
+    return evaluate(restoring, samples, also, mapper)
+
+
+def validate_when_due(config, run, reward, val):
+    """Every --eval-every steps, at the start and at the end: PSNR and reward of the deterministic
+    output on `val`, against the start. Its mean PSNR over tasks chooses best.pt."""
+    state, history = run.state, run.state.history
+    is_due = state.step % config.training.eval_every == 0 or state.seen >= state.total
+    if not (val and is_due) or (history and history[-1]["step"] == state.step):
+        return
+    rows = report.by_task(measure(run, reward, state.restore, val, "validate"))
+    found = {
+        key: {task: report.mean(of_task, key) for task, of_task in rows.items()}
+        for key in ("psnr", "reward")
+    }
+    best = max((report.mean_of(past["psnr"]) for past in history), default=-math.inf)
+    history.append({"step": state.step, **found})
+    if report.mean_of(found["psnr"]) > best:
+        run.save("best.pt")
+    gains = report.gains_since_start(history)[-1]
+    words = f"{gains['psnr']['mean']:+.3f} dB, reward {gains['reward']['mean']:+.5f}"
+    named = {f"val/{key}/{task}": v for key, of in gains.items() for task, v in of.items()}
+    run.tell(named, f"{config.objective} (validation {words})")
+
+
+def batch_psnr(restored, gt):
+    """Mean PSNR in dB over a batch."""
+    return psnrs(restored.detach(), gt).mean()
+
+
+def describe(scores, terms, judge=None):
+    """What the log says of the rewards of groups: {name: scalar}. scores: (B, G), NaN where the
+    judge failed a group; terms: {name: (B, G)}."""
+    metrics = {}
+    for name, values in {"": scores, **terms}.items():
+        values = values[values.isfinite().all(dim=1)]
+        if not len(values):
+            continue
+        mean, deviation = values.mean(), values.std(dim=1, correction=0)  # (), (B,)
+        if name:
+            metrics[f"rewards/{name}/mean"] = mean
+            metrics[f"rewards/{name}/std"] = deviation.mean()
+        else:
+            metrics |= {"reward": mean, "reward_std": deviation.mean()}
+            metrics["frac_reward_zero_std"] = (deviation < 1e-7).float().mean()
+    if judge and judge.problem:
+        tqdm.write(f"judge: {judge.problem}")
+    return metrics | (judge.metrics if judge else {})
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def write_report(config, run, pretrained, reward, held_out):
+    """The last step against the start, on images that nobody looked at before: report.md,
+    report.json, curves.png, samples.png."""
+    state, folder = run.state, run.folder
+    before = measure(run, reward, partial(restore, pretrained), held_out, "before")
+    after = measure(run, reward, state.restore, held_out, "after")
+    if runs.rank():
+        return
+    gains = [new["psnr"] - old["psnr"] for old, new in zip(before, after)]
+    rows = []
+    for i in report.typical_and_worst(before, gains):
+        degraded, gt = evaluation_pair(held_out[i])
+        images = dict(input=degraded, before=restore(pretrained, degraded))
+        images["after"] = state.restore(degraded)
+        captions = [(f"{name}  {psnr(image, gt):.2f} dB", image) for name, image in images.items()]
+        captions[0] = f"{held_out[i].task}: {captions[0][0]}", degraded
+        rows.append([*captions, (f"truth  ({gains[i]:+.2f} dB)", gt)])
+    runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
+    logged = list(runs.read_metrics(folder))
+    every = 1 + len(logged) // 10_000  # what a plot can show
+    report.plot_curves(
+        folder / "curves.png", list(itertools.islice(logged, 0, None, every)), state.history
+    )
+    hard = mining.select(before, 0.3)
+    table = report.before_after_table(before, after, hard)
+    notes = []
+    if lost := sum(row["skipped"] for row in logged):
+        notes.append(f"In {lost} steps loss or gradient were not finite; they were skipped.")
+    if reward.is_judge_alone:
+        notes.append("The reward is that of --rewards default, not the judge's, which trained.")
+    elif config.expert.judge != "none":
+        failures = int(sum(row.get("judge/failures", 0) for row in logged))
+        notes.append(
+            f"The reward is without the judge's part. It left {failures} rollouts unscored."
+        )
+    text = f"""# {config.objective}: before and after, {len(before)} held-out images
+
+{table}
+
+Seed {config.seed}, torch {torch.__version__}, {config.device}. PSNR and SSIM by AdaIR's protocol,
+deterministic output of the last step. Hard are the 30 % of each task with the lowest PSNR before.
+{" ".join(notes)}
+Command: `{config.command}`
+
+![curves](curves.png)
+![samples](samples.png)
+
+The last row of the samples is the image of lowest gain, the others are of median gain.
+"""
+    runs.write_atomic(folder / "report.md", text.encode())
+    stored = dict(before=before, after=after, hard=hard, validation=state.history)
+    runs.save_json(folder / "report.json", stored)
+    files = "report.md, curves.png, samples.png, last.pt, metrics.jsonl"
+    runs.say(f"\n{table}\n\neverything of this run lies in {folder}: {files}")
