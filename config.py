@@ -22,7 +22,6 @@ DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 
 # What a preset decides where no flag does: (demo, paper).
 PRESETS = {
-    "hard_scope": ("photo", "task"),
     "draws": (3, 1),
     "crop": (128, 128),
     "steps": (120, 0),
@@ -50,19 +49,20 @@ class Samples:
     listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
     """file that names the training images to use, one path under --data-root a line"""
     hard_ratio: float = 0.3
-    """share of the training set in D_hard, Table 6; of what is ranked together at least one: of
-    three draws, one for any share below 0.5"""
+    """share of the training set in D_hard, Table 6; of what is ranked together at least one"""
     select: Literal["hard", "random", "easy", "all"] = "hard"
     """which samples, Fig. 5"""
-    hard_scope: Literal["photo", "task", "global"] | None = None
-    """what is ranked by itself: the draws or tiles of each photograph (pairs as under task), each
-    task and noise level, or all together (preset demo: photo, paper: task)"""
+    hard_scope: Literal["task", "global"] = "task"
+    """what is ranked by itself: each task and noise level, or all together"""
+    repeats: Literal["none", "adair"] = "none"
+    """adair: D_hard, however it was selected, holds an image as often as AdaIR's own training list
+    repeats its task (rain 120 times); the paper states no repeats"""
     scores: tuple[str, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files"""
     draws: int | None = None
-    """draws of every degradation per photo, or tiles where draws rank alike, as of noise; pairs and
-    AdaIR's folders stay as they are (preset demo: 3, paper: 1)"""
+    """draws of every degradation per photo; AdaIR's folders stay as they are (preset demo: 3,
+    paper: 1)"""
     crop: int | None = None
     """px, a multiple of 8 (both presets: 128, Table 6)"""
     workers: int | None = None

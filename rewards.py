@@ -17,8 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import TASKS
-
 EPS = 1e-6
 
 
@@ -199,19 +197,21 @@ def r_lowlight(y, gt):
     return 0.2 * r_exposure(y, gt) + 0.1 * r_color(y, gt)
 
 
-# What a task's row in data.TASKS may name as its reward.
+# Of every task of data.TASKS.
 TASK_REWARDS = {
-    "grad": r_grad,
-    "aniso": lambda y, gt: r_aniso(y),
-    "contrast": r_contrast,
-    "sharp": r_sharp,
+    "denoise15": r_grad,
+    "denoise25": r_grad,
+    "denoise50": r_grad,
+    "derain": lambda y, gt: r_aniso(y),
+    "dehaze": r_contrast,
+    "deblur": r_sharp,
     "lowlight": r_lowlight,
 }
 
 
 def r_task(y, gt, task):
     """The task's own reward, Eq. 21; `task` is one of data.TASKS."""
-    return TASK_REWARDS[TASKS[task].reward](y, gt)
+    return TASK_REWARDS[task](y, gt)
 
 
 # ---------------------------------------------------------------------------- networks behind terms
