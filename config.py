@@ -47,7 +47,7 @@ class Samples:
     tasks: tuple[Literal[TASK_WORDS], ...] = ()
     """tasks to train on: denoise derain dehaze is Table 7, one alone Table 1; without it, all"""
     listed: Annotated[str | None, tyro.conf.arg(name="list")] = None
-    """file that names the training images to use, one path under --data-root a line"""
+    """file that names the training images to use, one a line, by the last parts of its path"""
     hard_ratio: float = 0.3
     """share of the training set in D_hard, Table 6; of what is ranked together at least one"""
     select: Literal["hard", "random", "easy", "all"] = "hard"

@@ -246,10 +246,11 @@ def load_pair(sample, seed=0, epoch=0, min_side=1):
     0 and epoch 0. Raises DataError when a file is missing or broken, the two differ in size, or
     they have fewer than min_side px a side.
     """
-    gt, *degraded = images = [read_image(path, sample.box) for path in sample.files]
+    images = [read_image(path, sample.box) for path in sample.files]
     check_sizes(sample, [image.shape[:0:-1] for image in images], min_side)
-    if degraded:
-        return degraded[0], gt
+    gt = images[0]
+    if sample.degraded:
+        return images[1], gt
     rng = rng_of(seed, f"{sample.task}/{sample.name}", epoch)
     try:
         return TASKS[sample.task].degrade(gt, rng), gt
@@ -278,15 +279,13 @@ def walk(folder):
         yield parent, folders, files
 
 
-def is_image(name):
-    return os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != "."
-
-
 def images_in(folder, recursive=False):
     """Paths (text) of a folder's image files, naturally sorted; none if there is no such folder."""
     found = []
     for parent, folders, files in walk(folder):
-        found += [os.path.join(parent, name) for name in files if is_image(name)]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != ".":
+                found.append(os.path.join(parent, name))
         if not recursive:
             folders.clear()
     return sorted(found, key=lambda path: (natural(path), path))
