@@ -348,7 +348,7 @@ def time_step(config, model, rivals):
     flags += ["--batch-size", config.batch_size]
     flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
     flags = parse([str(flag) for flag in flags])
-    samples = in_draws(list_training(None).train, 6, config.crop)[::9]  # of all tasks
+    samples = in_draws(list_training(None).train, 6)[::9]  # of all tasks
     reward = Reward(parse_terms("default"), config.device)
     dtype = model.output.weight.dtype
     with tempfile.TemporaryDirectory() as folder:

@@ -37,15 +37,16 @@ class Samples:
     tasks: tuple[Literal[TASK_WORDS], ...] = ()
     """tasks to train on: denoise derain dehaze is Table 7, one alone Table 1; without it, all"""
     listed: Annotated[AbsolutePath | None, tyro.conf.arg(name="list")] = None
-    """file that names the training images to use, one path under --data-root a line"""
+    """file that names the training images to use, one a line, by the last parts of its path"""
     hard_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """share of the training set in D_hard, Table 6"""
+    """share of the training set in D_hard, Table 6; of what is ranked together at least one"""
     select: Literal["hard", "random", "easy", "all"] = "hard"
     """which samples, Fig. 5"""
     hard_scope: Literal["task", "global"] = "task"
     """what is ranked by itself: each task and noise level, or all together"""
     repeats: Literal["none", "adair"] = "none"
-    """adair: repeat an image in an epoch as often as AdaIR's lists do, rain 120 times"""
+    """adair: D_hard, however it was selected, holds an image as often as AdaIR's own training list
+    repeats its task (rain 120 times); the paper states no repeats"""
     scores: tuple[AbsolutePath, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files"""

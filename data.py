@@ -7,15 +7,10 @@ over workers without its data changing.
 
 import contextlib
 import hashlib
-import itertools
-import math
 import os
 import re
-import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -40,60 +35,38 @@ class DataError(ValueError):
 # ------------------------------------------------------------------------------------------- tasks
 
 
-class Pairs(NamedTuple):
-    """Two folders of AdaIR's layout, and how the names of their files belong together."""
-
-    degraded: str
-    clean: str
-    partner: Callable = lambda stem: [stem]  # the clean stems that may belong to a degraded one
-    names: tuple = ("NAME", "NAME")  # how the files are called, for whoever looks for them
-
-
 class Task(NamedTuple):
-    """All that sets one task apart. A new task is one row of TASKS and the functions it names."""
+    """What sets one task apart. A new task is a row of TASKS and one of rewards.TASK_REWARDS."""
 
     degrade: Callable  # (gt, rng) -> degraded: the task synthesised on a clean photograph
-    reward: str  # its row of rewards.TASK_REWARDS, Eq. 21
-    train: Pairs | str  # under Train/: pairs, or a folder of clean images
-    test: Pairs | str  # under test/KIND/SET: pairs; or, under test/KIND, folders of clean images
-    kind: str  # the name of its folder under test/
+    train: tuple  # folders under Train/: of degraded and clean images, or of clean ones alone
+    kind: str  # under test/KIND are its test sets: input/ + target/, or clean images alone
+    partners: Callable = lambda stem: [stem]  # how the clean image of a degraded one may be called
     title: str = ""  # above its column in the layout of Table 2; "" if it has none there
     column: int = 0  # its place among them
     repeats: int = 1  # how often AdaIR's training list repeats an image
-    # What the paper trains and tests on (Sec. 4.1), with numbers of images or pairs:
-    trained_on: tuple = ()  # (name, number)
-    tested_on: dict = {}  # {name: number}
-    foreign: str = ""  # the set out of domain, whose number it does not state
+    paper: tuple = ("", "")  # its training set (Sec. 4.1): name, number of images or pairs
     family: str = ""  # in --tasks, a name for several related tasks
     variant: str = ""  # behind the name of a test set: which of the related tasks
 
     @property
-    def is_drawn_anew(self):
-        """Whether the task is synthesised in AdaIR's training, too, and so in every epoch anew."""
-        return isinstance(self.train, str)
+    def has_pairs(self):
+        """Whether AdaIR has pairs of it; else it is synthesised there, too, in every epoch anew."""
+        return len(self.train) == 2
 
 
 def _denoising(sigma, title=""):
     return Task(
         degrade=partial(gaussian_noise, sigma=sigma),
-        reward="grad",
+        train=("Denoise",),
+        kind="denoise",
         title=title,
         column=3,
-        train="Denoise",
-        test="*",
-        kind="denoise",
         repeats=3,
-        trained_on=("BSD400 + WED", 5144),
-        tested_on={"BSD68": 68, "Urban100": 100, "Kodak24": 24},
-        foreign="SIDD",
+        paper=("BSD400 + WED", 5144),
         family="denoise",
         variant=f"σ={sigma}",
     )
-
-
-def _first_part(stem):
-    """The scene of RESIDE's names, SCENE_LIGHT_HAZE."""
-    return [stem.split("_")[0]]
 
 
 TASKS = {
@@ -102,57 +75,40 @@ TASKS = {
     "denoise50": _denoising(50),
     "derain": Task(
         degrade=rain,
-        reward="aniso",
+        train=("Derain/rainy", "Derain/gt"),
+        kind="derain",
+        partners=lambda stem: ["no" + stem, stem],  # rain-1, norain-1
         title="Deraining",
         column=2,
-        train=Pairs(
-            "Derain/rainy", "Derain/gt", lambda stem: ["no" + stem], ("rain-N", "norain-N")
-        ),
-        test=Pairs("input", "target", lambda stem: [stem, "no" + stem]),
-        kind="derain",
         repeats=120,
-        trained_on=("Rain100L", 200),
-        tested_on={"Rain100L": 100},
-        foreign="GT-Rain",
+        paper=("Rain100L", 200),
     ),
     "dehaze": Task(
         degrade=haze,
-        reward="contrast",
+        train=("Dehaze/synthetic", "Dehaze/original"),
+        kind="dehaze",
+        partners=lambda stem: [stem.split("_")[0]],  # SCENE_LIGHT_HAZE, SCENE
         title="Dehazing",
         column=1,
-        train=Pairs("Dehaze/synthetic", "Dehaze/original", _first_part, ("**/ID_A_B", "ID")),
-        test=Pairs("input", "target", _first_part, ("ID_A_B", "ID")),
-        kind="dehaze",
-        repeats=1,
-        trained_on=("RESIDE OTS", 72135),
-        tested_on={"SOTS": 500},
-        foreign="RRSHID",
+        paper=("RESIDE OTS", 72135),
     ),
     "deblur": Task(
         degrade=blur,
-        reward="sharp",
+        train=("Deblur/blur", "Deblur/sharp"),
+        kind="deblur",
         title="Deblurring",
         column=4,
-        train=Pairs("Deblur/blur", "Deblur/sharp"),
-        test=Pairs("input", "target"),
-        kind="deblur",
         repeats=5,
-        trained_on=("GoPro", 2103),
-        tested_on={"GoPro": 1111},
-        foreign="ReLoBlur",
+        paper=("GoPro", 2103),
     ),
     "lowlight": Task(
         degrade=low_light,
-        reward="lowlight",
+        train=("Enhance/low", "Enhance/gt"),
+        kind="enhance",
         title="Low-Light",
         column=5,
-        train=Pairs("Enhance/low", "Enhance/gt"),
-        test=Pairs("input", "target"),
-        kind="enhance",
         repeats=20,
-        trained_on=("LOL", 485),
-        tested_on={"LOL": 15},
-        foreign="LoLi-Street",
+        paper=("LOL", 485),
     ),
 }
 # What a user may call tasks: by their names, or by that of a family, as "denoise" of all its σ.
@@ -172,6 +128,11 @@ class Sample(NamedTuple):
     gt: str  # path of the clean image
     degraded: str = ""  # path of the degraded image
     box: tuple = ()  # (left, top, right, bottom): the part of the file that is meant; () is all
+
+    @property
+    def files(self):
+        """The paths of its files, the clean image's first."""
+        return (self.gt, self.degraded) if self.degraded else (self.gt,)
 
 
 # ---------------------------------------------------------------------------------- reading images
@@ -201,8 +162,10 @@ def opened(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width}×{image.height} px"
-                raise ValueError(f"it claims {size}; more than {MAX_PIXELS >> 20} MP are refused")
+                raise ValueError(
+                    f"it claims {image.width}×{image.height} px; "
+                    f"more than {MAX_PIXELS >> 20} MP are refused"
+                )
             yield image
     except FileNotFoundError:
         raise DataError(f"there is no image {path}") from None
@@ -217,8 +180,12 @@ def read_image(path, box=()):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def image_size(path):
-    """(width, height) from the file's header alone, EXIF rotation applied. Raises DataError."""
+def image_size(path, box=()):
+    """(width, height) of an image from its header alone, EXIF rotation applied; with a box, which
+    lies inside the image, that of the box. Raises DataError."""
+    if box:
+        left, top, right, bottom = box
+        return right - left, bottom - top
     with opened(path) as image:
         # Of a PNG that says nothing at its start, Pillow would decode all to look at its end.
         silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & {*image.info}
@@ -231,34 +198,19 @@ def rng_of(seed, name, epoch):
     return np.random.default_rng((seed, zlib.crc32(name.encode()), epoch))
 
 
-def load_pair(sample, seed=0, epoch=0):
-    """(degraded, gt) of a sample, both (3, H, W) in [0, 1]: the whole image.
+def check_sizes(sample, sizes, min_side=1):
+    """Raises DataError unless a sample's images have one size, and min_side px or more a side.
 
-    Synthesised degradations are those of (seed, task, name, epoch); mining and evaluation use seed
-    0 and epoch 0. Raises DataError when a file is missing or broken, or the two differ in size.
+    sizes: (width, height) of each of `sample.files`.
     """
-    gt = read_image(sample.gt, sample.box)
-    if sample.degraded:
-        degraded = read_image(sample.degraded, sample.box)
-        if degraded.shape != gt.shape:
-            raise DataError(size_problem(sample, degraded.shape[:0:-1], gt.shape[:0:-1]))
-        return degraded, gt
-    rng = rng_of(seed, f"{sample.task}/{sample.name}", epoch)
-    try:
-        return TASKS[sample.task].degrade(gt, rng), gt
-    except ValueError as error:
-        raise DataError(f"{sample.gt} cannot be degraded ({error})") from None
-
-
-def size_problem(sample, degraded, gt):
-    sizes = f"{degraded[0]}×{degraded[1]} px but its clean image {sample.gt} is {gt[0]}×{gt[1]}"
-    return f"{sample.degraded} is {sizes}"
-
-
-def side_problem(sample, width, height, min_side):
-    """The sentence about an image with fewer px a side than a crop; "" if it has enough."""
-    size = f"{width}×{height} px, smaller than the crop of {min_side}"
-    return f"{sample.gt} is {size}" if min(width, height) < min_side else ""
+    gt, degraded = sizes[0], sizes[-1]
+    if degraded != gt:
+        raise DataError(
+            f"{sample.degraded} is {degraded[0]}×{degraded[1]} px but its clean image {sample.gt} "
+            f"is {gt[0]}×{gt[1]}"
+        )
+    if min(gt) < min_side:
+        raise DataError(f"{sample.gt} is {gt[0]}×{gt[1]} px, smaller than the crop of {min_side}")
 
 
 def problem_of(sample, min_side=8, decode=True):
@@ -268,33 +220,42 @@ def problem_of(sample, min_side=8, decode=True):
     """
 
     def size(path):
-        return tuple(read_image(path).shape[:0:-1]) if decode else image_size(path)
+        return read_image(path, sample.box).shape[:0:-1] if decode else image_size(path, sample.box)
 
     try:
-        gt = size(sample.gt)
-        degraded = size(sample.degraded) if sample.degraded else gt
+        check_sizes(sample, [size(path) for path in sample.files], min_side)
     except DataError as error:
         return str(error)
-    if degraded != gt:
-        return size_problem(sample, degraded, gt)
-    left, top, right, bottom = sample.box or (0, 0, *gt)
-    return side_problem(sample, right - left, bottom - top, min_side)
+    return ""
 
 
-def split_usable(samples, min_side=8, decode=True, mapper=None):
+def split_usable(samples, min_side=8, decode=True, mapper=map):
     """Splits samples by `problem_of`: (usable, problems). Samples of the same files are looked at
-    once. mapper(function, samples): as map; without it, some threads at once."""
-
-    def files(sample):
-        return sample[2:5]
-
-    unique = {files(s): s for s in samples}
+    once. mapper(function, samples): as map."""
+    unique = {(s.files, s.box): s for s in samples}
     look = partial(problem_of, min_side=min_side, decode=decode)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = (mapper or pool.map)(look, list(unique.values()))
-        problems = dict(zip(unique, found))
-    usable = [s for s in samples if not problems[files(s)]]
+    problems = dict(zip(unique, mapper(look, list(unique.values()))))
+    usable = [s for s in samples if not problems[s.files, s.box]]
     return usable, list(dict.fromkeys(filter(None, problems.values())))
+
+
+def load_pair(sample, seed=0, epoch=0, min_side=1):
+    """(degraded, gt) of a sample, both (3, H, W) in [0, 1]: the whole image.
+
+    Synthesised degradations are those of (seed, task, name, epoch); mining and evaluation use seed
+    0 and epoch 0. Raises DataError when a file is missing or broken, the two differ in size, or
+    they have fewer than min_side px a side.
+    """
+    images = [read_image(path, sample.box) for path in sample.files]
+    check_sizes(sample, [image.shape[:0:-1] for image in images], min_side)
+    gt = images[0]
+    if sample.degraded:
+        return images[1], gt
+    rng = rng_of(seed, f"{sample.task}/{sample.name}", epoch)
+    try:
+        return TASKS[sample.task].degrade(gt, rng), gt
+    except ValueError as error:
+        raise DataError(f"{sample.gt} cannot be degraded ({error})") from None
 
 
 # ----------------------------------------------------------------------------------------- sources
@@ -306,26 +267,25 @@ def natural(path):
 
 
 def walk(folder):
-    """os.walk through links, too, but into no folder twice; in the same order everywhere."""
-    seen = {os.path.realpath(folder)}
+    """os.walk through links, too, in the same order everywhere, and into no folder twice."""
+    seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        below = {
-            os.path.realpath(os.path.join(parent, name)): name for name in sorted(folders)[::-1]
-        }
-        folders[:] = sorted(name for real, name in below.items() if real not in seen)
-        seen |= below.keys()
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         yield parent, folders, files
-
-
-def is_image(name):
-    return os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != "."
 
 
 def images_in(folder, recursive=False):
     """Paths (text) of a folder's image files, naturally sorted; none if there is no such folder."""
     found = []
     for parent, folders, files in walk(folder):
-        found += [os.path.join(parent, name) for name in files if is_image(name)]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != ".":
+                found.append(os.path.join(parent, name))
         if not recursive:
             folders.clear()
     return sorted(found, key=lambda path: (natural(path), path))
@@ -335,23 +295,22 @@ def stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def pair_up(task, pairs, folder, root):
-    """The pairs in two folders under `folder`: each degraded file with the clean one, whatever its
-    extension, that is called as `pairs.partner` says, in the folder of the same name or at the top.
+def pair_up(task, degraded, clean, partners, root):
+    """The pairs in two folders: each degraded file with the clean one, whatever its extension, that
+    is called as `partners` says, in the folder of the same name or at the top.
 
     Returns (samples, problems): what has no partner is named in `problems`.
     """
-    degraded, clean = (os.path.join(folder, name) for name in (pairs.degraded, pairs.clean))
     truths = images_in(clean, recursive=True)
     by_stem = {(os.path.relpath(os.path.dirname(p), clean), stem(p)): p for p in truths}
     samples, problems, used = [], [], set()
     for path in images_in(degraded, recursive=True):
         parent = os.path.relpath(os.path.dirname(path), degraded)
-        partners = pairs.partner(stem(path))
-        wanted = [(place, name) for name in partners for place in (parent, ".")]
+        names = partners(stem(path))
+        wanted = [(place, name) for name in names for place in (parent, ".")]
         truth = next((by_stem[key] for key in wanted if key in by_stem), None)
         if truth is None:
-            problems.append(f"{path} has no clean image {partners[0]}.* in {clean}")
+            problems.append(f"{path} has no clean image {names[0]}.* in {clean}")
         else:
             used.add(truth)
             samples.append(Sample(task, os.path.relpath(path, root), truth, path))
@@ -359,86 +318,78 @@ def pair_up(task, pairs, folder, root):
     return samples, problems
 
 
+def is_adair_layout(root):
+    """Whether a data folder has AdaIR's training folders; else it is one of photographs."""
+    return os.path.isdir(os.path.join(root, "Train"))
+
+
 def find_adair_train(root, tasks=TASKS):
     """AdaIR's training folders under root/Train, as (samples, problems)."""
     samples, problems = [], []
-    for task in tasks:
-        source, train = TASKS[task].train, os.path.join(root, "Train")
-        if isinstance(source, Pairs):
-            found, broken = pair_up(task, source, train, root)
+    for name in tasks:
+        task = TASKS[name]
+        folders = [os.path.join(root, "Train", folder) for folder in task.train]
+        if task.has_pairs:
+            found, broken = pair_up(name, *folders, task.partners, root)
+            samples, problems = samples + found, problems + broken
         else:
-            clean = images_in(os.path.join(train, source), recursive=True)
-            found, broken = [Sample(task, os.path.relpath(p, root), p) for p in clean], []
-        samples, problems = samples + found, problems + broken
+            clean = images_in(folders[0], recursive=True)
+            samples += [Sample(name, os.path.relpath(path, root), path) for path in clean]
     return samples, problems
 
 
-def find_adair_test(root):
-    """AdaIR's test sets under root/test, and any other folder under root that holds input/ and
-    target/, as {set name: (its folder under root, samples, problems)}.
+def training_table(root, tasks=TASKS):
+    """AdaIR's training folders beside the sets that the paper names (Sec. 4.1): (head, rows), a row
+    for each, with 0 found where it is missing. No file is opened."""
+    rows = {}
+    for name in tasks:
+        folders, (title, number) = TASKS[name].train, TASKS[name].paper
+        if folders not in rows:  # those of one family train on one folder
+            samples, problems = find_adair_train(root, [name])
+            there = " + ".join(f"Train/{folder}" for folder in folders)
+            rows[folders] = [there, len(samples), number, title, len(problems)]
+    return ["folders", "found", "paper", "set", "without partner"], list(rows.values())
 
-    Sets of clean images stand there once for every task that is synthesised on them.
+
+def list_adair_test(root, only=None):
+    """AdaIR's test sets under root/test, and any other folder under root that holds input/ and
+    target/, as {set name: samples}; only: the names of those to use, all by default.
+
+    Sets of clean images stand there once for every task that is synthesised on them. Raises
+    DataError for a file without partner, and for a set that is not there.
     """
-    root, sets = Path(root), {}
-    paired = {t.kind: name for name, t in TASKS.items() if isinstance(t.test, Pairs)}
+    root, sets, problems = Path(root), {}, {}
     for name, task in TASKS.items():
-        clean = [] if isinstance(task.test, Pairs) else (root / "test" / task.kind).glob(task.test)
-        for folder in sorted(path for path in clean if path.is_dir()):
+        folders = () if task.has_pairs else (root / "test" / task.kind).glob("*")
+        for folder in sorted(path for path in folders if path.is_dir()):
             samples = [Sample(name, os.path.relpath(p, root), p) for p in images_in(folder)]
-            sets[f"{folder.name} {task.variant}"] = str(folder.relative_to(root)), samples, []
+            sets[f"{folder.name} {task.variant}"] = samples
+    paired = {f"test/{t.kind}": name for name, t in TASKS.items() if t.has_pairs}
     for folder in sorted(Path(parent) for parent, folders, _ in walk(root) if "input" in folders):
         parts = folder.relative_to(root).parts
         name = parts[-1] if parts else root.resolve().name
         name = "/".join(parts) if name in sets else name
-        kind = parts[1] if len(parts) > 1 and parts[0] == "test" else None
-        task = paired.get(kind, name)
-        pairs = TASKS[task].test if kind in paired else Pairs("input", "target")
-        sets[name] = "/".join(parts) or ".", *pair_up(task, pairs, folder, root)
-    return sets
-
-
-def list_adair_test(root, only=None):
-    """The test sets of `find_adair_test` that are called `only`, all by default: {name: samples}.
-
-    Raises DataError for a file without partner in one of them, and for a set that is not there.
-    """
-    found = find_adair_test(root)
-    unknown = [name for name in only or () if name not in found]
+        task = paired.get("/".join(parts[:2]))
+        partners = TASKS[task].partners if task else lambda stem: [stem]
+        degraded, clean = folder / "input", folder / "target"
+        sets[name], problems[name] = pair_up(task or name, degraded, clean, partners, root)
+    unknown = [name for name in only or () if name not in sets]
     if unknown:
-        raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(found)}")
-    chosen = {name: parts for name, parts in found.items() if not only or name in only}
-    broken = [problem for _, _, problems in chosen.values() for problem in problems]
+        raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
+    sets = {name: samples for name, samples in sets.items() if not only or name in only}
+    broken = [problem for name in sets for problem in problems.get(name, ())]
     if broken:
-        count = f"{len(broken)} such problem(s) under {root}"
-        raise DataError(f"{broken[0]}; {count}, and an evaluation leaves nothing out")
-    sets = {name: samples for name, (_, samples, _) in chosen.items() if samples}
+        raise DataError(
+            f"{broken[0]}; {len(broken)} such problem(s) under {root}, "
+            "and an evaluation leaves nothing out"
+        )
+    sets = {name: samples for name, samples in sets.items() if samples}
     if not sets:
-        wanted = "test/denoise/SET/*, test/derain/SET/{input,target}, … or input/ + target/"
-        raise DataError(f"{root} holds no test images: wanted {wanted}")
+        raise DataError(
+            f"{root} holds no test images: wanted test/denoise/SET/*, "
+            "test/derain/SET/{input,target}, … or input/ + target/"
+        )
     return sets
-
-
-def keep_listed(samples, path):
-    """The samples that a list names: a text file with one path under the data root a line.
-
-    No file that the list names is opened. Raises DataError for a line that is none of the samples,
-    and for a list without any.
-    """
-    names, wanted = {s.name for s in samples}, set()
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(iter(lambda: file.readline(4096), ""), 1):
-            name = os.path.normpath(line.strip())
-            if name == ".":  # an empty line
-                continue
-            if name not in names:
-                leaves = os.path.isabs(name) or name.startswith("..")
-                outside = ", which lies outside the data root" if leaves else ""
-                shown = f"{line.strip()!r:.200} is no training image{outside}"
-                raise DataError(f"{path}, line {number}: {shown}")
-            wanted.add(name)
-    if not wanted:
-        raise DataError(f"{path} names no image")
-    return [s for s in samples if s.name in wanted]
 
 
 def find_photos(folder, tasks=TASKS):
@@ -447,14 +398,14 @@ def find_photos(folder, tasks=TASKS):
     Returns (samples, problems). Raises DataError for the folder of a data set: its degraded images
     are no truths.
     """
-    pairs = [t.train for t in TASKS.values() if isinstance(t.train, Pairs)]
-    degraded = {"input", *(os.path.basename(p.degraded) for p in pairs)}
+    degraded = {"input", *(os.path.basename(t.train[0]) for t in TASKS.values() if t.has_pairs)}
+    names = {Path(folder).resolve().name}.union(*(folders for _, folders, _ in walk(folder)))
+    if degraded & names:
+        raise DataError(
+            f"{folder} holds degraded images ({min(degraded & names)}/) but no Train/: "
+            "give AdaIR's data folder, or one of clean photos"
+        )
     samples, problems = [], []
-    for parent, folders, _ in walk(folder):
-        here = Path(folder).resolve().name if parent == str(folder) else ""
-        for part in sorted(degraded & {*folders, here}):
-            hint = "give AdaIR's data folder, or one of clean photos"
-            raise DataError(f"{folder} holds degraded images ({part}/) but no Train/: {hint}")
     for path in images_in(folder, recursive=True):
         try:
             width, height = image_size(path)
@@ -469,46 +420,16 @@ def find_photos(folder, tasks=TASKS):
     return samples, problems
 
 
-def photo_of(name):
-    """The photograph's name in that of one of its draws or tiles."""
-    return re.sub(r"(#\d+|@[\d,-]+)$", "", name)
-
-
-def in_draws(samples, draws, smallest):
-    """Photographs under several draws of their degradation. Where a draw changes nothing in how
-    hard an image is, since it is drawn anew for every crop (noise), a photo is cut into as many
-    tiles instead, fewer where they would have sides below `smallest` px."""
+def in_draws(samples, draws):
+    """Photographs of a plain folder under several draws of every degradation, each seeded by its
+    name; what comes from AdaIR's folders stays as it is."""
+    if draws == 1:
+        return samples
     found = []
     for s in samples:
-        if s.degraded or not s.box or draws == 1:  # of a data set: as it is
-            found.append(s)
-        elif not TASKS[s.task].is_drawn_anew:  # the name seeds the draw
-            found += [s._replace(name=f"{s.name}#{k + 1}") for k in range(draws)]
-        else:
-            boxes = tiles(s.box, draws, smallest)
-            found += [
-                s._replace(name=f"{s.name}@{x},{y}-{r},{b}", box=(x, y, r, b))
-                for x, y, r, b in boxes
-            ]
+        names = [f"{s.name}#{k + 1}" for k in range(draws)] if s.box else [s.name]
+        found += [s._replace(name=name) for name in names]
     return found
-
-
-def tiles(box, n, smallest):
-    """A box cut into n boxes in rows and columns, or into fewer where they would have a side below
-    `smallest`: as many as fit, and of those the squarest."""
-    left, top, right, bottom = box
-    width, height = right - left, bottom - top
-
-    def merit(cut):
-        rows, columns = cut
-        return rows * columns, -abs(math.log(width / columns * rows / height))
-
-    most = max(1, height // smallest), max(1, width // smallest)
-    cuts = [(r, c) for r in range(1, most[0] + 1) for c in range(1, most[1] + 1) if r * c <= n]
-    rows, columns = max(cuts, key=merit)
-    xs = [left + width * k // columns for k in range(columns + 1)]
-    ys = [top + height * k // rows for k in range(rows + 1)]
-    return [(x, y, x2, y2) for y, y2 in zip(ys, ys[1:]) for x, x2 in zip(xs, xs[1:])]
 
 
 # The demo's photographs: Kodak's 24 at half size. Fixed parts, by number.
@@ -533,20 +454,14 @@ def list_kodak(tasks=TASKS):
 
 
 def set_aside(samples, most):
-    """Splits one task's samples into (train, val): a sample of each of the last `most` truths, at
-    most a fifth of them, at least one; fewer where a scene begins among them, as names tell that
-    differ in more than their last number. What else shares a truth that is set aside (OTS has 35
-    hazes of each) is not trained on, unless there is no other truth."""
-    of_truth = defaultdict(list)
-    for sample in samples:
-        of_truth[sample.gt].append(sample)
-    groups = list(of_truth.values()) if len(of_truth) > 1 else [[s] for s in samples]
-    n = min(most, max(len(groups) // 5, 1), max(len(groups) - 1, 0))
-    scenes = [re.sub(r"\d+(?=\D*$)", "", stem(group[0].gt)) for group in groups]
-    first = len(groups) - n
-    later = (i for i in range(first, len(groups)) if i and scenes[i] != scenes[i - 1])
-    cut = next(later, first)
-    return sum(groups[:cut], []), [group[0] for group in groups[cut:]]
+    """Splits one task's samples into (train, val): a sample of each of the last `most` clean
+    images, at most a fifth of them, at least one of two. What else was made of those clean images
+    (OTS has 35 hazes of each) is in neither."""
+    truths = list(dict.fromkeys(s.gt for s in samples))
+    n = min(most, max(1, len(truths) // 5), len(truths) - 1)
+    aside = dict.fromkeys(truths[len(truths) - n :])
+    val = {s.gt: s for s in reversed(samples) if s.gt in aside}  # the first of each
+    return [s for s in samples if s.gt not in aside], [val[gt] for gt in aside]
 
 
 class Split(NamedTuple):
@@ -564,71 +479,91 @@ def list_training(root=None, aside=12, tasks=(), listed=None):
     root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the demo's
     photographs. From a folder the last images of every task are held out (`set_aside`, at most
     `aside`), and of the rest the last ones, half as many, are for validation; nothing is known of
-    one scene in the folders of two tasks. Of the demo's photographs the parts are fixed.
+    one scene under several clean images, or in the folders of two tasks. Of the demo's photographs
+    the parts are fixed.
     tasks: those to use, each of which must be there; without them, all that are there.
-    listed: a file that names the images to use (`keep_listed`).
+    listed: a file that names the images to use (`split_listed`).
     Raises DataError when there is nothing to train on or nothing to set aside.
     """
-    asked, tasks = tasks, tasks or TASKS
     if root is None:
         if listed:
-            hint = "but the demo's photographs are trained on"
-            raise DataError(f"{listed} names files of a data folder, {hint}")
-        return Split(*list_kodak(tasks), [])
+            raise DataError(
+                f"{listed} names files of a data folder, but the demo's photographs are trained on"
+            )
+        return Split(*list_kodak(tasks or TASKS), [])
     if not os.path.isdir(root):
         raise DataError(f"there is no folder {root}")
-    in_layout = os.path.isdir(os.path.join(root, "Train"))
-    samples, problems = (find_adair_train if in_layout else find_photos)(root, tasks)
+    if is_adair_layout(root):
+        samples, problems = find_adair_train(root, tasks or TASKS)
+        none = "/Train/ holds no pairs in AdaIR's layout (Denoise/, Derain/rainy + gt/, …)"
+    else:
+        samples, problems = find_photos(root, tasks or TASKS)
+        none = " holds neither AdaIR's Train/ nor any image that can be read"
     if not samples:
-        what = "Train/ holds no pairs in AdaIR's layout (Denoise/, Derain/rainy + gt/, …)"
-        what = what if in_layout else "holds neither AdaIR's Train/ nor any image that can be read"
-        which = f" for {', '.join(asked)}" if asked else ""
-        hint = f"; {len(problems)} file(s) cannot be used, as {problems[0]}" if problems else ""
-        raise DataError(f"{root}{'/' if in_layout else ' '}{what}{which}{hint}")
-    samples = keep_listed(samples, listed) if listed else samples
-    by_task = defaultdict(list)
-    for sample in samples:
-        by_task[sample.task].append(sample)
-    absent = [task for task in asked if task not in by_task]
+        which = f" for {', '.join(tasks)}" if tasks else ""
+        first = f"; {len(problems)} file(s) cannot be used, as {problems[0]}" if problems else ""
+        raise DataError(f"{root}{none}{which}{first}")
+    if listed:
+        _, samples = split_listed(samples, listed)
+    by_task = {task: [s for s in samples if s.task == task] for task in TASKS}
+    absent = [task for task in tasks if not by_task[task]]
     if absent:
         raise DataError(f"{root} has no training images for {', '.join(absent)}")
     split = Split([], [], [], problems)
-    for of_task in (by_task[task] for task in TASKS if task in by_task):
+    for of_task in filter(None, by_task.values()):
         rest, held_out = set_aside(of_task, aside)
         train, val = set_aside(rest, max(1, len(held_out) // 2))
-        for part, found in zip(split, (train, val, held_out)):
-            part.extend(found)
+        split.train.extend(train)
+        split.val.extend(val)
+        split.held_out.extend(held_out)
     if not split.val:
-        need = "at least three are needed, one to choose on and one to report on"
-        raise DataError(f"{root} holds two images per task or fewer: {need}")
+        raise DataError(
+            f"{root} holds two images per task or fewer: at least three are needed, "
+            "one to choose on and one to report on"
+        )
     return split
 
 
 def split_listed(samples, path):
-    """Splits samples into (train, val) by a text file: val are those of whose files one is named,
-    one path a line, by its last parts, as in Derain/rainy/rain-1.png.
+    """Splits samples into (others, listed) by a text file. A line names a file, clean or degraded,
+    by the last parts of its path, as in rainy/rain-1.png: as many as tell it from others. Listed
+    are the samples that are made of one of these files.
 
-    Raises DataError for a line that names no file of theirs.
+    Empty lines and those that begin with # say nothing. No file that the list names is opened.
+    Raises DataError for a line that names none of the samples' files or several, and for a list
+    without any.
     """
-    lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    listed = {PurePath(line.strip()).parts for line in lines if line.strip() and line[0] != "#"}
-    lengths, found, train, val = {len(parts) for parts in listed}, set(), [], []
+    wanted = {}  # the last parts of a path: where they are named
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip() and not line.startswith("#"):
+                where = f"{path}, line {number}: {line.strip()!r:.200}"
+                wanted[PurePath(line.strip()).parts] = where
+    if not wanted:
+        raise DataError(f"{path} names no image")
+    lengths = {len(parts) for parts in wanted}
+    found = {parts: set() for parts in wanted}
+    others, listed = [], []
     for sample in samples:
-        files = [PurePath(file).parts for file in (sample.gt, sample.degraded) if file]
-        named = listed & {parts[-n:] for parts in files for n in lengths}
-        found |= named
-        (val if named else train).append(sample)
-    for parts in sorted(listed - found):
-        raise DataError(f"{path} names {'/'.join(parts)}, which is none of the training images")
-    return train, val
+        ends = {PurePath(file).parts[-n:]: file for file in sample.files for n in lengths}
+        named = ends.keys() & wanted.keys()
+        for parts in named:
+            found[parts].add(os.path.realpath(ends[parts]))
+        (listed if named else others).append(sample)
+    for parts, where in wanted.items():
+        if not found[parts]:
+            raise DataError(f"{where} is no training image")
+        if len(found[parts]) > 1:
+            raise DataError(
+                f"{where} may be any of {len(found[parts])} files: give more of its path"
+            )
+    return others, listed
 
 
 def names_digest(samples):
     """Hash of which samples these are, whatever their files hold."""
-    digest = hashlib.sha256()
-    for s in samples:
-        digest.update(f"{s.task}/{s.name}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    names = "".join(f"{s.task}/{s.name}\n" for s in samples)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 # ---------------------------------------------------------------------------------- training crops
@@ -655,29 +590,26 @@ class Crops(torch.utils.data.Dataset):
 
     def __init__(self, samples, crop, seed):
         self.samples, self.crop, self.seed = samples, crop, seed
+        self.epoch, self.order = None, None  # of the epoch asked for last: which sample comes when
 
-    def order(self, epoch):
-        """Which sample each crop of an epoch is cut from; the last one asked for is kept."""
-        if getattr(self, "_order", (None,))[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self._order = epoch, rng.permutation(len(self.samples))
-        return self._order[1]
-
-    def task_of(self, n):
-        """The task of crop number n."""
+    def sample_of(self, n):
+        """(sample, epoch) of crop number n."""
         epoch, position = divmod(n, len(self.samples))
-        return self.samples[self.order(epoch)[position]].task
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self.samples))
+        return self.samples[self.order[position]], epoch
 
     def of_each_task(self, most):
         """{task: numbers of `most` crops of it}, of different images as far as there are so
         many."""
-        found = {sample.task: [] for sample in self.samples}
-        for n in itertools.count():
-            if all(len(members) == most for members in found.values()):
-                return found
-            members = found[self.task_of(n)]
-            if len(members) < most:
-                members.append(n)
+        found, n = {sample.task: [] for sample in self.samples}, 0
+        while any(len(numbers) < most for numbers in found.values()):
+            numbers = found[self.sample_of(n)[0].task]
+            if len(numbers) < most:
+                numbers.append(n)
+            n += 1
+        return found
 
     def batches_of_each_task(self, most):
         """Yields a Batch of `most` crops of every task (`of_each_task`)."""
@@ -686,10 +618,11 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
-        epoch, position = divmod(n, len(self.samples))
-        sample = self.samples[self.order(epoch)[position]]
-        anew = TASKS[sample.task].is_drawn_anew
-        degraded, gt = load_pair(sample, *((self.seed + 1, epoch) if anew else (0, 0)))
+        sample, epoch = self.sample_of(n)
+        if TASKS[sample.task].has_pairs:
+            degraded, gt = load_pair(sample)
+        else:
+            degraded, gt = load_pair(sample, seed=self.seed + 1, epoch=epoch)
         top, left = self.corner(sample, gt, rng)
         window = (slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
         flips = [d for d in (1, 2) if rng.random() < 0.5]
@@ -699,22 +632,18 @@ class Crops(torch.utils.data.Dataset):
     def corner(self, sample, image, rng):
         """Where a crop of an image (3, H, W) begins: (top, left)."""
         height, width = image.shape[1:]
-        if problem := side_problem(sample, width, height, self.crop):
-            raise DataError(problem)
+        check_sizes(sample, [(width, height)], self.crop)
         return rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
 
     @staticmethod
     def collate(items):
         """A list of crops -> Batch."""
-        degraded, gt, *rest = zip(*items)
-        return Batch(torch.stack(degraded), torch.stack(gt), *map(list, rest))
+        degraded, gt, tasks, names, numbers = zip(*items)
+        return Batch(
+            torch.stack(degraded), torch.stack(gt), list(tasks), list(names), list(numbers)
+        )
 
 
 def adair_repeats(samples):
-    """The samples as often as AdaIR's training lists repeat them per epoch (without mining)."""
+    """The samples as often as AdaIR's training lists repeat them in an epoch."""
     return [s for s in samples for _ in range(TASKS[s.task].repeats)]
-
-
-if __name__ == "__main__":
-    print("data.py: python inventory.py says what a data folder holds", file=sys.stderr)
-    sys.exit(2)

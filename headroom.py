@@ -314,7 +314,7 @@ def measure(config):
     if config.crop < side:
         raise runs.RunError(f"--crop is {config.crop}; these rewards need {side} px")
     reward = rewards.Reward(weights, config.device, config.weights_dir)
-    train = in_draws(split.train, config.draws, config.crop)
+    train = in_draws(split.train, config.draws)
     train, problems = split_usable(train, config.crop, decode=False)  # few of them will be read
     val, more = split_usable(split.val, max(16, config.crop))
     runs.say_skipped(problems + more)

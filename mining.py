@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from data import DataError, image_size, load_pair, photo_of, problem_of, side_problem
+from data import DataError, image_size, load_pair, problem_of
 from metrics import psnr
 from runs import RunError, load_json, parallel_map, save_json, say
 
@@ -18,7 +18,7 @@ WITNESSES = 3  # so many of the hard files tell a resumed run whether its images
 
 def stamp_of(sample):
     """What tells whether a sample's files are those of an earlier run: (bytes, time) of each."""
-    files = [os.stat(path) for path in (sample.gt, sample.degraded) if path]
+    files = [os.stat(path) for path in sample.files]
     return [[file.st_size, file.st_mtime_ns] for file in files]
 
 
@@ -38,16 +38,15 @@ def known_scores(paths, digest):
     return known
 
 
-def in_batches(samples, pixels):
-    """Lists of indices of samples whose images, by their headers, have one size and together at
+def in_batches(samples, indices, pixels):
+    """Parts of `indices` whose samples' images, by their headers, have one size and together at
     most `pixels`; single ones for 0."""
     if not pixels:
-        return [[i] for i in range(len(samples))]
+        return [[i] for i in indices]
     groups = defaultdict(list)
-    for i, sample in enumerate(samples):
+    for i in indices:
         try:
-            box = sample.box
-            size = (box[2] - box[0], box[3] - box[1]) if box else image_size(sample.gt)
+            size = image_size(samples[i].gt, samples[i].box)
         except DataError:
             size = (i, pixels)  # alone: whoever loads it will say what is wrong
         groups[size].append(i)
@@ -66,11 +65,9 @@ def score(restore, samples, min_side):
     for sample in samples:
         rows.append(dict(task=sample.task, name=sample.name))
         try:
-            degraded, gt = load_pair(sample)
-            if problem := side_problem(sample, *gt.shape[:0:-1], min_side):
-                raise DataError(problem)
-            pairs.append((rows[-1], degraded, gt))
+            pair = load_pair(sample, min_side=min_side)
             rows[-1]["stamp"] = stamp_of(sample)
+            pairs.append((rows[-1], *pair))
         except (DataError, OSError) as error:
             rows[-1]["problem"] = str(error)
     for shape in {gt.shape for _, _, gt in pairs}:  # one, unless a header did not tell the truth
@@ -97,9 +94,7 @@ def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
             rows[i] = {key: row[key] for key in ("task", "name", "stamp", "psnr")}
         else:
             wanted.append(i)
-    batches = [
-        [wanted[k] for k in part] for part in in_batches([samples[i] for i in wanted], pixels)
-    ]
+    batches = in_batches(samples, wanted, pixels)
     scored = parallel_map(
         lambda batch: score(restore, [samples[i] for i in batch], min_side), batches, "mining", stop
     )
@@ -114,11 +109,9 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
     """Indices of D_hard: of every task (and so of every σ) the `ratio` of `rows` with the lowest
     PSNR, at least one of those that are ranked together.
 
-    mode: "hard", "easy" (the highest), "random" or "all". scope: "photo" ranks the draws or tiles
-    of each photograph by themselves, so that D_hard has every photograph and not the most textured
-    ones alone (images that stand once under a task are ranked with it); "global" ranks all tasks
-    together, which picks the tasks with low PSNR rather than the failures. Ties go by name. Raises
-    DataError unless 0 < ratio ≤ 1.
+    mode: "hard", "easy" (the highest), "random" or "all". scope: "global" ranks all tasks together,
+    which picks the tasks with low PSNR rather than the failures. Ties go by name. Raises DataError
+    unless 0 < ratio ≤ 1.
     """
     if not 0 < ratio <= 1:
         raise DataError(f"the hard ratio is {ratio}; it must be above 0 and at most 1")
@@ -126,13 +119,7 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
         return list(range(len(rows)))
     groups = defaultdict(list)
     for i, row in enumerate(rows):
-        photo = row["task"], photo_of(row["name"])
-        group = {"photo": photo, "task": row["task"], "global": ""}[scope]
-        groups[group].append(i)
-    if scope == "photo":  # what stands alone has nothing to be ranked with but its task
-        for task, photo in [group for group, members in groups.items() if len(members) == 1]:
-            alone = groups.pop((task, photo))
-            groups[task, ""] += alone
+        groups[row["task"] if scope == "task" else "all"].append(i)
     chosen, rng, sign = [], np.random.default_rng(seed), -1 if mode == "easy" else 1
     for members in groups.values():
         members.sort(key=lambda i: (sign * rows[i]["psnr"], rows[i]["task"], rows[i]["name"]))
@@ -152,7 +139,7 @@ def file_digest(path):
 
 def witnesses(samples):
     """{path: hash} of a few of the files of samples, evenly spread."""
-    files = list(dict.fromkeys(path for s in samples for path in (s.gt, s.degraded) if path))
+    files = list(dict.fromkeys(path for s in samples for path in s.files))
     chosen = files[:: max(1, len(files) // WITNESSES)][:WITNESSES]
     return {path: file_digest(path) for path in chosen}
 
@@ -183,6 +170,8 @@ def load_hard(path, digest, samples):
     except (KeyError, FileNotFoundError):
         same = False
     if not same:
-        changed = f"the training images or the model changed since {os.path.dirname(path)} began"
-        raise RunError(f"{changed}: start a new run")
+        raise RunError(
+            f"the training images or the model changed since {os.path.dirname(path)} began: "
+            "start a new run"
+        )
     return hard

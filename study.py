@@ -20,10 +20,12 @@ from data import (
     DataError,
     adair_repeats,
     in_draws,
+    is_adair_layout,
     list_training,
     names_digest,
     split_usable,
     task_names,
+    training_table,
 )
 from metrics import evaluate, evaluation_pair, psnr, psnrs
 from model import model_digest, restore
@@ -83,19 +85,24 @@ def describe_reward(reward, judge, folder):
 
 
 def usable_samples(config, side):
-    """(training, validation, held-out) samples; those to measure on are decoded once and have
-    `side` px or more a side, those to train on are looked at when they are mined. Raises DataError
-    when nothing is left to measure on."""
+    """(training, validation, held-out) samples; prints what the data folder holds of the paper's
+    training sets. Those to measure on are decoded once and have `side` px or more a side, those to
+    train on are looked at when they are mined. Raises DataError when nothing is left to measure
+    on."""
+    if config.data_root and is_adair_layout(config.data_root):
+        head, rows = training_table(config.data_root, task_names(config.tasks))
+        runs.say(f"{report.markdown(head, rows)}\n")
     tasks = task_names(config.tasks) if config.tasks else ()
     split = list_training(config.data_root, tasks=tasks, listed=config.listed)
-    samples = in_draws(split.train, config.draws, config.crop)
+    samples = in_draws(split.train, config.draws)
     runs.same_everywhere("list of images", names_digest([*samples, *split.val, *split.held_out]))
     val, broken = split_usable(split.val, max(16, side))
     held_out, more = split_usable(split.held_out, max(16, side))
     runs.say_skipped(split.problems + broken + more)
     if not (val and held_out):
-        words = "none of the images set aside to measure on can be read"
-        raise DataError(f"{words}: {(broken + more)[0]}")
+        raise DataError(
+            f"none of the images set aside to measure on can be read: {(broken + more)[0]}"
+        )
     counts = ", ".join(f"{task} {n}" for task, n in Counter(s.task for s in samples).items())
     aside = f"{len(val)} to choose on, {len(held_out)} to report on"
     runs.say(f"training images: {counts}; set aside: {aside}")
@@ -116,14 +123,24 @@ def hard_samples(config, run, pretrained, samples):
         runs.say_skipped(problems)
         if not rows:
             where = config.samples.data_root or "the demo's photographs"
-            crops = f"can be used with crops of {config.samples.crop} px"
-            raise DataError(f"none of the training images of {where} {crops}")
-        choice = config.samples.hard_ratio, config.samples.select, config.samples.hard_scope
-        chosen = mining.select(rows, *choice, config.seed)
+            raise DataError(
+                f"none of the training images of {where} "
+                f"can be used with crops of {config.samples.crop} px"
+            )
+        chosen = mining.select(
+            rows,
+            ratio=config.samples.hard_ratio,
+            mode=config.samples.select,
+            scope=config.samples.hard_scope,
+            seed=config.seed,
+        )
         hard = mining.save_hard(path, digest, rows, chosen, samples)
         runs.same_everywhere("set of hard images", names_digest(hard))
-    how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
-    runs.say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
+    runs.say(
+        f"D_hard: {len(hard)} of {len(samples)} training images ({config.samples.select}, ratio "
+        f"{config.samples.hard_ratio}, scope {config.samples.hard_scope}, "
+        f"repeats {config.samples.repeats})"
+    )
     return adair_repeats(hard) if config.samples.repeats == "adair" else hard
 
 

@@ -25,7 +25,6 @@ from run import ARMS
 
 import report
 import runs
-from data import photo_of
 
 RESAMPLES = 10_000
 WORDS = {"arm", "seed", "set", "task", "image"}  # columns that hold no numbers
@@ -188,7 +187,7 @@ def gains(rows, key, only=None):
     cells = {}
     for row in rows:
         if only is None or bool(row["hard"]) == (only == "hard"):
-            cell = row["seed"], photo_of(row["image"]), row["task"]
+            cell = row["seed"], row["image"].split("#")[0], row["task"]
             cells.setdefault(cell, []).append(row[key])
     seeds = [*by_seed(rows)]
     photos = sorted({photo for _, photo, _ in cells})

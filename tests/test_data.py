@@ -9,6 +9,7 @@ from PIL import Image
 import data
 import degradations
 import report
+import rewards
 from metrics import psnr
 
 LAYOUT = "denoise15 denoise25 denoise50 derain dehaze deblur lowlight".split()
@@ -163,38 +164,21 @@ def test_the_demos_photographs_have_fixed_parts():
     assert torch.equal(gt, same) and not torch.equal(one, two)
 
 
-def test_a_photo_stands_under_several_draws_or_in_tiles(tmp_path):
+def test_a_photo_stands_under_several_draws_of_every_degradation(tmp_path):
     write(tmp_path / "a.png", width=384, height=256)
     photos = data.find_photos(tmp_path)[0]
-    found = data.in_draws(photos, 6, 96)
-    assert len(found) == 6 * len(data.TASKS) == len({(s.task, s.name) for s in found})
-    rain = [s for s in found if s.task == "derain"]
-    assert {s.box for s in rain} == {(0, 0, 384, 256)}
-    rainy = [data.load_pair(s)[0] for s in rain]
-    assert not torch.equal(rainy[0], rainy[1])
-    noise = [s for s in found if s.task == "denoise25"]
-    boxes = {(x, y, x + 128, y + 128) for x in (0, 128, 256) for y in (0, 128)}
-    assert {s.box for s in noise} == boxes
-    few = data.in_draws([s for s in photos if s.task == "denoise25"], 6, 200)
-    assert [s.box for s in few] == [(0, 0, 384, 256)]  # a side of 192 would be too small
-    assert (
-        len(data.tiles((0, 0, 384, 256), 3, 128)) == len(data.tiles((0, 0, 256, 384), 3, 128)) == 3
+    found = data.in_draws(photos, 3)
+    assert len(found) == 3 * len(data.TASKS) == len({(s.task, s.name) for s in found})
+    for task in data.TASKS:
+        degraded, gt = zip(*(data.load_pair(s) for s in found if s.task == task))
+        assert gt[0].shape == (3, 256, 384) and all(torch.equal(gt[0], other) for other in gt)
+        assert not torch.equal(degraded[0], degraded[1])
+    assert data.in_draws(photos, 1) == photos
+    pair, clean = (
+        data.Sample("derain", "1", "gt.png", "rain.png"),
+        data.Sample("denoise15", "1", "x"),
     )
-    assert data.in_draws(photos, 1, 96) == photos
-    pair = data.Sample("derain", "1", "gt.png", "rain.png")
-    assert data.in_draws([pair], 6, 96) == [pair]
-
-
-def test_the_cut_does_not_fall_inside_a_scene(tmp_path):
-    for name in [f"street_{i}" for i in range(17)] + [f"tower_{i}" for i in range(3)]:
-        for folder in ("blur", "sharp"):
-            write(tmp_path / f"Train/Deblur/{folder}/{name}.png")
-    held_out = data.list_training(tmp_path).held_out
-    assert [s.name.split("/")[-1] for s in held_out] == [
-        "tower_0.png",
-        "tower_1.png",
-        "tower_2.png",
-    ]  # not four, a fifth
+    assert data.in_draws([pair, clean], 6) == [pair, clean]  # of AdaIR's folders
 
 
 def test_missing_empty_and_foreign_folders(tmp_path):
@@ -246,6 +230,62 @@ def test_pairs_of_different_size_are_an_error_when_loaded(adair_root):
         data.load_pair(
             data.Sample("derain", "x", str(adair_root / "Train/Deblur/sharp/0.png"), str(path))
         )
+
+
+PUBLISHED = {  # file names as the data sets' authors gave them, in AdaIR's folders
+    "Train/Denoise": ["100075.jpg", "8023.jpg", "00001.bmp", "04744.bmp"],
+    "Train/Derain/rainy": ["rain-1.png", "rain-2.png", "rain-200.png"],
+    "Train/Derain/gt": ["norain-1.png", "norain-2.png", "norain-200.png"],
+    "Train/Dehaze/synthetic/part1": ["0005_0.8_0.04.jpg", "0005_1_0.2.jpg"],
+    "Train/Dehaze/synthetic/part4": ["8970_0.95_0.16.jpg"],
+    "Train/Dehaze/original": ["0005.jpg", "8970.jpg"],
+    "Train/Deblur/blur": ["GOPR0372_07_00-000047.png", "GOPR0884_11_00-000047.png"],
+    "Train/Deblur/sharp": ["GOPR0372_07_00-000047.png", "GOPR0884_11_00-000047.png"],
+    "test/denoise/CBSD68": ["3096.jpg", "101085.jpg"],
+    "test/denoise/Kodak24": ["kodim01.PNG"],
+    "test/derain/Rain100L/input": ["rain-001.png", "rain-100.png"],
+    "test/derain/Rain100L/target": ["norain-001.png", "norain-100.png"],
+    "test/dehaze/SOTS/input": ["0001_0.8_0.2.jpg"],
+    "test/dehaze/SOTS/target": ["0001.png"],
+    "test/deblur/gopro/input": ["GOPR0384_11_00-000001.png"],
+    "test/deblur/gopro/target": ["GOPR0384_11_00-000001.png"],
+}
+
+
+def test_folders_are_counted_beside_the_published_numbers(tmp_path):
+    for folder, names in PUBLISHED.items():
+        for name in names:
+            write(tmp_path / folder / name)
+    (tmp_path / "Train/Derain/gt/norain-2.png").unlink()
+    (tmp_path / "Train/Denoise/8023.jpg").write_bytes(b"it is not opened")
+    head, rows = data.training_table(tmp_path)
+    assert head == ["folders", "found", "paper", "set", "without partner"]
+    assert rows == [
+        ["Train/Denoise", 4, 5144, "BSD400 + WED", 0],
+        ["Train/Derain/rainy + Train/Derain/gt", 2, 200, "Rain100L", 1],
+        ["Train/Dehaze/synthetic + Train/Dehaze/original", 3, 72135, "RESIDE OTS", 0],
+        ["Train/Deblur/blur + Train/Deblur/sharp", 2, 2103, "GoPro", 0],
+        ["Train/Enhance/low + Train/Enhance/gt", 0, 485, "LOL", 0],  # it is missing
+    ]
+    assert data.training_table(tmp_path, ["dehaze", "deblur"])[1] == rows[2:4]
+    sets = data.list_adair_test(tmp_path)
+    assert {name: len(samples) for name, samples in sets.items() if "σ" not in name} == {
+        "Rain100L": 2,
+        "SOTS": 1,
+        "gopro": 1,
+    }
+    assert sets["Rain100L"][0].gt.endswith("target/norain-001.png")
+
+
+def test_a_folder_without_one_pair_is_not_called_absent(tmp_path):
+    write(tmp_path / "Train/Derain/rainy/rain-1.png")
+    write(tmp_path / "Train/Derain/gt/clean-1.png")
+    assert data.training_table(tmp_path, ["derain"])[1][0][1:] == [0, 200, "Rain100L", 2]
+    words = (
+        "no pairs in AdaIR's layout .* for derain; 2 file.s. cannot be used, as .*rain-1.png has"
+    )
+    with pytest.raises(data.DataError, match=words):
+        data.list_training(tmp_path, tasks=["derain"])
 
 
 def test_the_layout_on_real_pairs():
@@ -466,7 +506,7 @@ def test_a_word_may_name_a_family_of_tasks():
 
 
 def test_the_hazes_of_one_truth_are_not_trained_on_and_measured_on():
-    """OTS has 35 hazes of a photograph, and names that differ in their number alone."""
+    """OTS has 35 hazes of a photograph."""
     hazes = [
         data.Sample("dehaze", f"{i}_{k}", f"{i:04}.jpg", "x") for i in range(5) for k in "abcd"
     ]
@@ -476,5 +516,46 @@ def test_the_hazes_of_one_truth_are_not_trained_on_and_measured_on():
     rest, held_out = data.set_aside(many, 3)
     assert [s.gt for s in held_out] == ["2/0002.jpg", "2/0003.jpg", "2/0004.jpg"]
     assert rest == many[:48]
-    of_one_truth = data.set_aside(hazes[:4], 1)  # nothing else is there
-    assert [len(part) for part in of_one_truth] == [3, 1]
+    assert data.set_aside(many, 2)[1] == held_out[1:]
+    mixed = sorted(hazes, key=lambda s: s.name[-1])  # by haze, not by photograph
+    rest, held_out = data.set_aside(mixed, 3)
+    assert [s.name for s in held_out] == ["4_a"]
+    assert not any(s.gt == "0004.jpg" for s in rest) and len(rest) == 16
+    assert data.set_aside(hazes[:4], 1) == (hazes[:4], [])  # of one truth: nothing to set aside
+
+
+def listing(folder, text):
+    (folder / "list.txt").write_text(text)
+    return folder / "list.txt"
+
+
+def test_a_list_names_files_by_the_last_parts_of_their_paths(adair_root):
+    samples = data.find_adair_train(adair_root, ["denoise15", "denoise25", "dehaze", "deblur"])[0]
+
+    def named(text):
+        others, listed = data.split_listed(samples, listing(adair_root, text))
+        assert sorted(others + listed) == sorted(samples)
+        return [(s.task, data.stem(s.gt)) for s in listed]
+
+    both = [("denoise15", "0"), ("denoise25", "0")]
+    assert named("# one file, two tasks\n\nDenoise/0.jpg\n") == both == named("./0.jpg")
+    truth, hazy = "original/003.png", "part1/003_0.8_0.1.jpg"  # either names the pair
+    assert named(truth) == named(hazy) == named(f"{hazy}\n{truth}") == [("dehaze", "003")]
+    assert named("3.png") == [("deblur", "3")]
+    assert named(str(adair_root / "Train/Deblur/blur/3.png")) == [("deblur", "3")]
+    for text, words in (
+        ("# nothing\n\n", "list.txt names no image"),
+        ("0.jpg\nblur/7.png", "list.txt, line 2: 'blur/7.png' is no training image"),
+        ("lur/3.png", "line 1: 'lur/3.png' is no training image"),
+    ):
+        with pytest.raises(data.DataError, match=words):
+            named(text)
+    write(adair_root / "Train/Denoise/more/0.jpg")
+    samples = data.find_adair_train(adair_root, ["denoise15"])[0]
+    with pytest.raises(data.DataError, match="'0.jpg' may be any of 2 files"):
+        named("0.jpg")
+    assert named("more/0.jpg") == named("Denoise/more/0.jpg") == [("denoise15", "0")]
+
+
+def test_every_task_has_a_reward():
+    assert {*rewards.TASK_REWARDS} == {*data.TASKS}

@@ -9,7 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics
 import mining
-from data import TASKS, DataError, find_photos, load_pair
+from data import TASKS, DataError, find_photos, in_draws, list_training, load_pair
 from model import restore
 from runs import RunError, Stop, Stopped
 
@@ -68,20 +68,18 @@ def test_a_global_ranking_takes_the_dark_task_alone():
     assert names_of(mining.select(ROWS, 0.3, scope="global")) == [f"l{i}" for i in range(6)]
 
 
-def test_the_worst_of_every_photograph():
-    """Four draws and four tiles of three photographs, of which one is easier throughout."""
-    names = [f"{p}.png{cut}" for p in "abc" for cut in ("#1", "#2", "#3", "#4")]
-    rows = [row("derain", name, 40 - i) for i, name in enumerate(names)]
-    tiles = [name.replace("#", "@0,64-") + ",128" for name in names]
-    rows += [row("denoise15", name, 20 + i) for i, name in enumerate(tiles)]
-    chosen = [rows[i]["name"] for i in mining.select(rows, 0.3, scope="photo")]
-    draws, cut = chosen[:3], chosen[3:]
-    assert draws == ["a.png#4", "b.png#4", "c.png#4"]  # later draws are worse, later tiles better
-    assert cut == ["a.png@0,64-1,128", "b.png@0,64-1,128", "c.png@0,64-1,128"]
-    assert {rows[i]["name"][0] for i in mining.select(rows, 0.3)} == {"a", "c"}  # by task: not all
-    assert mining.select(ROWS, 0.3, scope="photo") == mining.select(ROWS, 0.3)  # pairs: by task
-    whole = [row("denoise15", f"{i}.png@0,0-9,9", 30 + i) for i in range(10)]  # not to be cut
-    assert mining.select(whole, 0.3, scope="photo") == [0, 1, 2]
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_the_ratio_acts_on_the_demos_own_samples(ratio):
+    """14 photographs under 3 draws of 7 tasks, made-up PSNRs: of every task the worst share."""
+    samples = in_draws(list_training(None).train, 3)
+    psnrs = torch.rand(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [row(s.task, s.name, 20 + 20 * value) for s, value in zip(samples, psnrs)]
+    chosen = [rows[i] for i in mining.select(rows, ratio)]
+    assert len(rows) == 7 * 42
+    for task in TASKS:
+        ranked = sorted(r["psnr"] for r in rows if r["task"] == task)
+        found = sorted(r["psnr"] for r in chosen if r["task"] == task)
+        assert found == ranked[: round(ratio * 42)]
 
 
 def test_random_selection_follows_the_seed():

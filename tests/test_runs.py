@@ -365,7 +365,7 @@ def test_a_loader_process_that_dies_ends_the_run(tmp_path, shell, monkeypatch):
     """The second image is a pipe that nobody writes to; the process that waits for it is killed."""
     crops = Crops([s for s in samples_of(tmp_path, 6) if s.task == "derain"], 32, 0)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
-    bad = crops.samples[crops.order(0)[1]].gt
+    bad = crops.sample_of(1)[0].gt
     os.unlink(bad), os.mkfifo(bad)
     others = set(multiprocessing.active_children())  # perhaps, of other tests
 

@@ -105,11 +105,8 @@ def test_lists_cannot_leave_the_data_root(small, tmp_path, capsys, line):
     outside = write(tmp_path / "outside/0.png", width=64, height=48).parent
     (tmp_path / "list.txt").write_text(f"0.png\n{line.format(outside=outside)}\n")
     said = fails(capsys, train.main, small("run", "--list", tmp_path / "list.txt"))
-    assert (
-        "list.txt, line 2" in said
-        and "which lies outside the data root" in said
-        and not (tmp_path / "run").exists()
-    )
+    assert "list.txt, line 2" in said and "is no training image" in said
+    assert not (tmp_path / "run").exists()
 
 
 def png_header(width, height):

@@ -4,14 +4,11 @@ equations, bad input."""
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     cut_off,
     fails,
     logged,
@@ -23,7 +20,6 @@ from conftest import (
 
 import bench
 import eval as evaluation
-import inventory
 import judge
 import pretrain
 import runs
@@ -233,6 +229,30 @@ def test_tasks_and_lists_choose_what_is_trained_on(small, tmp_path, capsys):
     assert "has no training images for dehaze" in fails(capsys, train.main, flags)
 
 
+def test_a_data_folder_is_counted_and_repeated_as_adair_does(small, tmp_path, capsys):
+    """One flag decides on repeats, however the samples are selected."""
+    for i in range(6):
+        for folder in ("Derain/rainy/rain-", "Derain/gt/norain-", "Deblur/blur/", "Deblur/sharp/"):
+            write(tmp_path / f"d/Train/{folder}{i}.png", width=32, height=32, seed=i)
+    for select in ("hard", "random", "all"):
+        for repeats, times in (("none", dict(derain=1, deblur=1)), ("adair", None)):
+            times = times or dict(derain=120, deblur=5)
+            flags = ["--data-root", tmp_path / "d", "--select", select, "--repeats", repeats]
+            config = parse(small(f"{select}-{repeats}", *flags))
+            samples, *_ = train.usable_samples(config.samples, 1)
+            folder = tmp_path / f"{select}-{repeats}"
+            folder.mkdir()
+            with runs.Run(folder, runs.Stop(), "") as run:
+                found = train.hard_samples(config, run, small_adair(), samples)
+            images = 4 if select == "all" else 1  # of 4 that are not set aside
+            assert {t: sum(s.task == t for s in found) for t in times} == {
+                t: images * n for t, n in times.items()
+            }
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "| Train/Derain/rainy + Train/Derain/gt | 6 | 200 | Rain100L | 0 |" in lines
+    assert "| Train/Denoise | 0 | 5144 | BSD400 + WED | 0 |" in lines
+
+
 # -------------------------------------------------------------------------------- one step, by hand
 
 
@@ -355,10 +375,6 @@ def test_old_command_lines_name_the_new_program(capsys):
     assert fails(capsys, train.main, ["pretrain", "--steps", 1]).endswith(
         "program of its own, pretrain.py"
     )
-    done = subprocess.run(
-        [sys.executable, "data.py", "--data-root", "x"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "inventory.py" in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -497,7 +513,7 @@ def test_nothing_usable_is_an_error(small, photos, capsys):
     assert "neither AdaIR's Train/ nor any image" in fails(capsys, train.main, small("other"))
 
 
-@pytest.mark.parametrize("program", [train, pretrain, evaluation, inventory, judge, bench])
+@pytest.mark.parametrize("program", [train, pretrain, evaluation, judge, bench])
 def test_help_explains_every_flag(program, capsys):
     for argv in [["--help"], ["restore", "--help"]] if program is evaluation else [["--help"]]:
         with pytest.raises(SystemExit) as end:
