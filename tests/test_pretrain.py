@@ -178,7 +178,7 @@ def test_a_list_says_what_is_set_aside(tmp_path):
     train, val = data.split_listed(samples, tmp_path / "list.txt")
     assert [s.name for s in val] == ["1.png"] and [s.name for s in train] == ["0.png", "2.png"]
     (tmp_path / "list.txt").write_text("other/1.png\n")
-    with pytest.raises(data.DataError, match="names other/1.png, which is none"):
+    with pytest.raises(data.DataError, match="line 1: .other/1.png. is no training image"):
         data.split_listed(samples, tmp_path / "list.txt")
 
 
