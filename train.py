@@ -40,7 +40,7 @@ from data import (
     task_names,
 )
 from judge import Judge, JudgeError
-from metrics import evaluate, evaluation_pair, psnr, psnrs
+from metrics import evaluate_image, evaluation_pair, psnr
 from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
 from policy import USUAL, PolicyError, load_policy, policy_for, policy_state, states_on
 
@@ -180,7 +180,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             best, mean = grpo.decode_best_and_mean(model, policy, encoding, best_actions)
         weight_rl, weight_sup = None, None
         if config.policy.weighting == "difficulty":
-            weight_rl, weight_sup = grpo.difficulty_weights(psnrs(mean.detach(), batch.gt))
+            weight_rl, weight_sup = grpo.difficulty_weights(psnr(mean.detach(), batch.gt))
         loss_sup, loss_cons = grpo.supervised_losses(best, mean, batch.gt, weight_sup)
 
         # Eq. 6, 9–11: the stored states and actions train the heads
@@ -308,16 +308,16 @@ def validate_when_due(config, run, reward, val):
 def measure(run, reward, restoring, samples, desc):
     """AdaIR's protocol and the reward over `samples`, by all processes: rows."""
 
-    def also(sample, degraded, restored, gt):
-        return dict(reward=reward.of_image(restored, gt, sample.task))
+    def measure_one(sample):
+        row, restored, gt = evaluate_image(restoring, sample)
+        return row | dict(reward=reward.of_image(restored, gt, sample.task))
 
-    mapper = partial(runs.parallel_map, desc=desc, stop=run.stop)
-    return evaluate(restoring, samples, also, mapper)
+    return runs.parallel_map(measure_one, samples, desc, run.stop)
 
 
 def batch_psnr(restored, gt):
     """Mean PSNR in dB over a batch."""
-    return psnrs(restored.detach(), gt).mean()
+    return psnr(restored.detach(), gt).mean()
 
 
 def describe(batch, scores, terms, best, mean, judge):
