@@ -116,10 +116,7 @@ class AdaIR(nn.Module):
         """x: (B, 3, H, W) in [0, 1], H and W multiples of 8. Returns an `Encoding`, which depends
         on no action."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % 8 or x.shape[3] % 8:
-            raise ValueError(
-                "AdaIR takes (B, 3, H, W) with H, W multiples of 8, "
-                f"not {tuple(x.shape)}; see restore()"
-            )
+            raise ValueError(f"AdaIR takes (B, 3, 8 h, 8 w), not {tuple(x.shape)}; see restore()")
         x = x.contiguous(memory_format=torch.channels_last)  # so are all maps from here on
         skip1 = self.encoder_level1(self.patch_embed(x))
         skip2 = self.encoder_level2(self.down1_2(skip1))
@@ -421,14 +418,9 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
     """
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < 8:
-        raise ValueError(
-            "restore() takes (3, H, W) or (B, 3, H, W) with sides of 8 px or more, "
-            f"not {tuple(image.shape)}"
-        )
+        raise ValueError(f"restore() takes (B, 3, H, W) from 8 px a side, not {tuple(image.shape)}")
     if tile is not None and (tile % 8 or tile <= 2 * overlap):
-        raise ValueError(
-            f"the tile is {tile} px; it must be a multiple of 8 and more than {2 * overlap}"
-        )
+        raise ValueError(f"a tile is a multiple of 8 px above {2 * overlap}, not {tile} px")
     h, w = batch.shape[-2:]
     weight = model.output.weight
     padded = F.pad(batch.to(weight.device, weight.dtype), (0, -w % 8, 0, -h % 8), mode="reflect")
