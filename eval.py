@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 import tyro
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from data import (
     read_image,
     split_usable,
 )
-from metrics import evaluate, psnr
+from metrics import evaluate_image, evaluation_pair, psnr
 from model import CheckpointError, load_adair, read_checkpoint, restore
 from policy import PolicyError, load_policy
 from rewards import NETS, RewardError, load_net, weight_path
@@ -122,91 +122,76 @@ def lpips_of(weights_dir, device):
     return distance
 
 
-def evaluate_set(name, samples, restorers, tile=None, lpips=None, folder=None):
-    """AdaIR's protocol, shared by the processes, for one test set and every named restorer.
+def evaluate_set(restorer, samples, desc, lpips=None, folder=None):
+    """AdaIR's protocol over a test set, shared by the processes: a row {task, name, psnr_in, psnr,
+    ssim} for each sample, with lpips where it is a function (restored, gt) -> number. Restored
+    images are written into `folder`, if there is one, as PNG."""
+    base = os.path.commonpath([os.path.dirname(sample.name) for sample in samples])
 
-    lpips: (restored, gt) -> number. folder: for the restored images.
-    Returns ({method: rows}, figure): of the set's first image, a row of `report.plot_samples`.
-    """
-    base, figure = os.path.commonpath([os.path.dirname(s.name) for s in samples]), []
+    def measure(sample):
+        row, restored, gt = evaluate_image(restorer, sample)
+        if lpips:
+            row["lpips"] = lpips(restored, gt)
+        if folder:
+            save_png(folder / os.path.relpath(sample.name, base), restored)
+        return row
 
-    def measure(method, restorer):
-        def also(sample, degraded, restored, gt):
-            if folder:
-                path = folder / name / method / os.path.relpath(sample.name, base)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path = path if path.suffix == ".png" else Path(f"{path}.png")
-                runs.write_atomic(path, report.to_png(restored))
-            if sample is samples[0]:  # the first process has it
-                images = (
-                    {method: restored} if figure else {f"{name}: input": degraded, method: restored}
-                )
-                figure.extend((f"{k}  {psnr(v, gt):.2f} dB", v) for k, v in images.items())
-                figure.extend([("truth", gt)] if method == [*restorers][-1] else [])
-            return {"lpips": lpips(restored, gt)} if lpips else {}
-
-        mapper = partial(runs.parallel_map, desc=f"{name}, {method}")
-        return evaluate(partial(restorer, tile=tile), samples, also, mapper)
-
-    return {method: measure(method, restorer) for method, restorer in restorers.items()}, figure
+    return runs.parallel_map(measure, samples, desc)
 
 
-def measured(results):
-    """The metrics that rows have."""
-    rows = next(iter(next(iter(results.values())).values()))
-    return [key for key in METRICS if key in rows[0]]
+def save_png(path, image):
+    """Writes an image (3, H, W) in [0, 1]; .png is added to a name of another type."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path if path.suffix == ".png" else Path(f"{path}.png")
+    runs.write_atomic(path, report.to_png(image))
 
 
-def cell(values, keys, sign=""):
-    return "/".join(f"{value:{sign}.{METRICS[key]}f}" for value, key in zip(values, keys))
+def comparison(name, sample, restorers):
+    """A sample of the test set `name`, as each of the restorers leaves it: a row of
+    `report.plot_samples`."""
+    degraded, gt = evaluation_pair(sample)
+    images = {f"{name}: input": degraded}
+    images |= {method: restorer(degraded) for method, restorer in restorers.items()}
+    row = [(f"{label}  {psnr(image, gt):.2f} dB", image) for label, image in images.items()]
+    return [*row, ("truth", gt)]
 
 
-def table(title, results, columns, names):
-    """A titled table: a row per method and a column per set, and their average; the gain as last
-    row. names: {set: what stands before its name}."""
-    keys, methods = measured(results), [*results[columns[0]]]
-    means = {m: [[report.mean(results[c][m], k) for k in keys] for c in columns] for m in methods}
-    means = {m: [*values, np.mean(values, axis=0)] for m, values in means.items()}
-    rows = [[m, *(cell(value, keys) for value in values)] for m, values in means.items()]
-    if len(methods) == 2:
-        gains = [np.subtract(b, a) for a, b in zip(*means.values())]
-        rows.append(["gain", *(cell(gain, keys, "+") for gain in gains)])
-    head = ["Method", *(f"{names.get(c, '')} {c}".strip() for c in columns), "Average"]
-    return (
-        f"**{title}: {'/'.join(key.upper() for key in keys)}**\n\n{report.markdown(head, rows)}\n"
-    )
+def cell(means, sign=""):
+    """28.31/0.912: the means of METRICS, as many as there are, each with its decimals."""
+    return "/".join(f"{v:{sign}.{digits}f}" for v, digits in zip(means, METRICS.values()))
 
 
-def tables(results):
+def table(title, images, columns):
+    """A titled table: a row per method, and the gain where there are two; a column for each set of
+    columns {set: heading}, and their average. images: as for `tables`."""
+    keys = [key for key in METRICS if key in images]
+    means = images.groupby(["method", "set"])[keys].mean()
+    methods = images["method"].unique()
+    values = {method: means.loc[method].loc[[*columns]].to_numpy() for method in methods}
+    if len(values) == 2:
+        before, after = values.values()
+        values["gain"] = after - before
+    lines = []
+    for method, of_sets in values.items():
+        sign = "+" if method == "gain" else ""
+        lines.append([method, *(cell(v, sign) for v in (*of_sets, of_sets.mean(axis=0)))])
+    text = report.markdown(["Method", *columns.values(), "Average"], lines)
+    return f"**{title}: {'/'.join(keys).upper()}**\n\n{text}\n"
+
+
+def tables(images):
     """Table 2 (in domain, denoising at σ = 25), all noise levels, and Table 3 (every set that is
-    not under test/)."""
-    task_of = {name: next(iter(methods.values()))[0]["task"] for name, methods in results.items()}
+    not under test/). images: a frame with a row per image and method: set, method, task, psnr,
+    ssim."""
+    task_of = images.groupby("set", sort=False)["task"].first()
     known = {name: TASKS[task] for name, task in task_of.items() if task in TASKS}
-    columns = sorted((n for n in known if known[n].title), key=lambda n: known[n].column)
-    noise = [name for name in known if known[name].variant]
-    foreign = [name for name in results if name not in known]
-    parts = [
-        ("In domain (layout of Table 2)", columns, {n: known[n].title for n in columns}),
-        ("Denoising by noise level", noise, {}),
-        ("Out of domain (layout of Table 3)", foreign, {}),
-    ]
-    return "\n".join(table(title, results, sets, names) for title, sets, names in parts if sets)
-
-
-def csv_files(results):
-    """{file name: text}: the numbers of the tables, a line per set and method; and a line per image
-    and method."""
-    keys = ["psnr_in", *measured(results)]
-    by_set, by_image = [], []
-    for name, methods in results.items():
-        for method, rows in methods.items():
-            by_set.append([name, method, len(rows), *(report.mean(rows, k) for k in keys)])
-            by_image += [[name, method, r["task"], r["name"], *(r[k] for k in keys)] for r in rows]
-    names = ["psnr_input", *keys[1:]]
-    return {
-        "eval.csv": report.to_csv(["set", "method", "images", *names], by_set),
-        "eval-images.csv": report.to_csv(["set", "method", "task", "image", *names], by_image),
+    titled = sorted((n for n in known if known[n].title), key=lambda n: known[n].column)
+    parts = {
+        "In domain (layout of Table 2)": {n: f"{known[n].title} {n}" for n in titled},
+        "Denoising by noise level": {n: n for n in known if known[n].variant},
+        "Out of domain (layout of Table 3)": {n: n for n in task_of.index if n not in known},
     }
+    return "\n".join(table(title, images, columns) for title, columns in parts.items() if columns)
 
 
 # ---------------------------------------------------------------------------------------- programs
@@ -214,7 +199,7 @@ def csv_files(results):
 
 def benchmark(config):
     """Evaluates a checkpoint on every test set and writes the tables."""
-    runs.check_ranges(config, limit="[0, inf)", tile="[0, inf)")
+    runs.check_ranges(config, limit="[0, inf)")
     runs.check_tile(config.tile)
     runs.check_device(config.device)
     device, ckpt = runs.join(config.device), Path(config.ckpt)
@@ -222,11 +207,50 @@ def benchmark(config):
     out = Path(config.out or default)
     if (out / "eval.md").exists() and not config.overwrite and runs.rank() == 0:
         raise runs.RunError(f"{out} holds an evaluation: give --overwrite, or another --out")
+
     restorer, init = load(config.ckpt, device)
-    init = config.before or init
-    restorers = (
-        {"before": load(init, device)[0], "after": restorer} if init else {"model": restorer}
-    )
+    restorers = {"model": restorer}
+    if before := config.before or init:
+        restorers = {"before": load(before, device)[0], "after": restorer}
+    restorers = {name: partial(r, tile=config.tile or None) for name, r in restorers.items()}
+    sets = find_sets(config)
+    lpips = lpips_of(config.weights_dir, device)
+
+    rows = []
+    for name, samples in sets.items():
+        for method, restorer in restorers.items():
+            folder = out / "images" / name / method if config.save_images else None
+            found = evaluate_set(restorer, samples, f"{name}, {method}", lpips, folder)
+            rows += [dict(set=name, method=method) | row for row in found]
+            means = [report.mean(found, key) for key in METRICS if key in found[0]]
+            degraded = f"input {report.mean(found, 'psnr_in'):.2f}"
+            runs.say(f"{name}: {len(found)} images, {degraded}, {method} {cell(means)}")
+    if runs.rank():
+        return
+
+    images = pd.DataFrame(rows).rename(columns=dict(name="image", psnr_in="psnr_input"))
+    sets_and_methods = images.groupby(["set", "method"], sort=False)
+    means = sets_and_methods.mean(numeric_only=True)
+    means.insert(0, "images", sets_and_methods.size())
+    text = tables(images)
+    if config.limit:
+        text += f"\nOnly the first {config.limit} images of each set (--limit).\n"
+    files = {
+        "eval.md": text,
+        "eval.csv": means.to_csv(float_format="%.6f"),
+        "eval-images.csv": images.to_csv(index=False, float_format="%.6f"),
+    }
+    figures = [comparison(name, samples[0], restorers) for name, samples in sets.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        runs.write_atomic(out / name, content.encode())
+    runs.write_atomic(out / "eval.png", report.plot_samples(figures))
+    pictures = ", images/" if config.save_images else ""
+    print(f"\n{text}\nwritten to {out}: {', '.join(files)}, eval.png{pictures}")
+
+
+def find_sets(config):
+    """{name: samples} of the test sets to use. Raises DataError for what cannot be read."""
     if not Path(config.data_root).is_dir():
         raise DataError(f"there is no folder {config.data_root}")
     sets = list_adair_test(config.data_root, config.sets)
@@ -236,26 +260,42 @@ def benchmark(config):
         _, problems = split_usable(samples, SMALLEST, decode=False)
         if problems:
             raise DataError(f"{problems[0]} (test set {name})")
-    rest = config.tile or None, lpips_of(config.weights_dir, device)
-    folder = out / "images" if config.save_images else None
-    results, figures = {}, []
-    for name, samples in sets.items():
-        results[name], figure = evaluate_set(name, samples, restorers, *rest, folder)
-        figures.append(figure)
-        keys, rows = measured(results), results[name]
-        means = (f"{m} {cell([report.mean(r, k) for k in keys], keys)}" for m, r in rows.items())
-        degraded = report.mean(next(iter(rows.values())), "psnr_in")
-        runs.say(f"{name}: {len(samples)} images, input {degraded:.2f}  {'  '.join(means)}")
-    if runs.rank():
-        return
-    limited = f"\nOnly the first {config.limit} images of each set (--limit).\n"
-    texts = {"eval.md": tables(results) + (limited if config.limit else ""), **csv_files(results)}
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in texts.items():
-        runs.write_atomic(out / name, content.encode())
-    runs.write_atomic(out / "eval.png", report.plot_samples(figures))
-    pictures = ", images/" if config.save_images else ""
-    print(f"\n{texts['eval.md']}\nwritten to {out}: {', '.join(texts)}, eval.png{pictures}")
+    return sets
+
+
+def restore_photos(config):
+    """Restores photos; names those that cannot be read, at the end, as an error."""
+    runs.check_tile(config.tile)
+    runs.check_device(config.device)
+    restorer, _ = load(config.ckpt, config.device)
+    source = Path(config.photo)
+    if not source.exists():
+        raise DataError(f"there is no photo or folder {source}")
+    photos = images_in(source, recursive=True) if source.is_dir() else [source]
+    if not photos:
+        raise DataError(f"{source} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
+    base = source if source.is_dir() else source.parent
+    targets = target_files(photos, base, Path(config.out), config.overwrite)
+
+    broken = []
+    for target, photo in tqdm(targets.items(), desc="restore", unit="photo"):
+        try:
+            image = read_image(photo)
+            if min(image.shape[1:]) < SMALLEST:
+                raise DataError(f"{photo} has a side of less than {SMALLEST} px")
+        except DataError as error:
+            broken.append(str(error))
+            continue
+        tile = config.tile
+        if tile is None:
+            tile = 512 if image[0].numel() > WHOLE_PIXELS else 0
+        save_png(target, restorer(image, tile=tile or None, progress=True))
+    for problem in broken:
+        tqdm.write(f"not restored: {problem}")
+    if broken:
+        failed = f"{len(broken)} of {len(photos)} photo(s) could not be restored"
+        raise DataError(f"{failed}; the others are in {config.out}")
+    print(f"restored {len(photos)} photo(s) into {config.out}")
 
 
 def target_files(photos, base, out, overwrite):
@@ -263,51 +303,13 @@ def target_files(photos, base, out, overwrite):
     the way."""
     targets = {}
     for photo in photos:
-        target = (out / photo.relative_to(base)).with_suffix(".png")
+        target = (out / Path(photo).relative_to(base)).with_suffix(".png")
         if target in targets:
-            both = f"{photo} and {targets[target]} would both become {target}"
-            raise DataError(f"{both}: rename one")
+            raise DataError(f"{photo} and {targets[target]} would both become {target}: rename one")
         if target.exists() and not overwrite:
             raise DataError(f"{target} exists: give --overwrite, or another --out")
         targets[target] = photo
     return targets
-
-
-def restore_photos(config):
-    """Restores photos; names those that cannot be read, at the end, as an error."""
-    runs.check_ranges(config, tile="[0, inf)")
-    runs.check_tile(config.tile)
-    runs.check_device(config.device)
-    restorer, _ = load(config.ckpt, config.device)
-    source, out = Path(config.photo), Path(config.out)
-    if not source.exists():
-        raise DataError(f"there is no photo or folder {source}")
-    folder = source.is_dir()
-    photos = list(map(Path, images_in(source, recursive=True))) if folder else [source]
-    if not photos:
-        raise DataError(f"{source} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
-    base = source if folder else source.parent
-    targets, broken = target_files(photos, base, out, config.overwrite), []
-    for target, photo in tqdm(targets.items(), desc="restore", unit="photo"):
-        try:
-            image = read_image(photo)
-            if min(image.shape[1:]) < SMALLEST:
-                size = f"{image.shape[2]}×{image.shape[1]} px; {SMALLEST} px a side is the least"
-                raise DataError(f"{photo} is {size}")
-        except DataError as error:
-            broken.append(str(error))
-            continue
-        default = 512 if image[0].numel() > WHOLE_PIXELS else 0
-        tile = default if config.tile is None else config.tile
-        restored = restorer(image, tile=tile or None, progress=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_atomic(target, report.to_png(restored))
-    for problem in broken:
-        tqdm.write(f"not restored: {problem}")
-    if broken:
-        count = f"{len(broken)} of {len(photos)} photo(s) could not be restored"
-        raise DataError(f"{count}; the others are in {out}")
-    print(f"restored {len(photos)} photo(s) into {out}")
 
 
 def run_program(argv):

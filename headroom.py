@@ -29,7 +29,7 @@ import rewards
 import runs
 from config import DEMO_MODEL
 from data import Crops, DataError, in_draws, list_training, load_pair, split_usable, task_names
-from metrics import multiple_of_16, psnr, psnrs
+from metrics import multiple_of_16, psnr
 from model import CheckpointError, load_adair, load_pretrained, read_checkpoint, restore
 from policy import (
     CONTROLS,
@@ -119,7 +119,7 @@ def gains(reward, crop, restored):
     each."""
     gt = crop.gt.expand_as(restored)
     values = reward.differentiable(restored, gt, [crop.task] * len(restored))
-    return psnrs(restored, gt) - crop.psnr, values - crop.reward
+    return psnr(restored, gt) - crop.psnr, values - crop.reward
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def whole_gain(model, reward, crop, trained, policy):
     images = restore(model, degraded), restore(trained, degraded, controller=policy.mean())
     in_psnr, in_reward = (
         [value(image) for image in images]
-        for value in (lambda y: psnr(y, gt), lambda y: reward.of_image(y, gt, crop.task))
+        for value in (lambda y: psnr(y, gt).item(), lambda y: reward.of_image(y, gt, crop.task))
     )
     return in_psnr[1] - in_psnr[0], in_reward[1] - in_reward[0]
 
@@ -279,7 +279,7 @@ def crops_to_measure(model, reward, samples, config):
             encoding = model.encode(x)
             restored = model.decode(encoding, controls_of(start_of(model).to(x.device)[None]))
             value = reward.differentiable(restored, gt, [sample.task]).item()
-        values = psnrs(restored, gt).item(), value
+        values = psnr(restored, gt).item(), value
         crops.append(Crop(sample.task, sample.gt, whole, gt, encoding, *values))
     few = [task for task in seen if len({c.photo for c in crops if c.task == task}) < 2]
     if few or not crops:

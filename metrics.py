@@ -1,38 +1,22 @@
-"""PSNR and SSIM by AdaIR's protocol, and the evaluation of a list of samples."""
-
-import math
-from functools import partial
-
-import numpy as np
+"""PSNR and SSIM by AdaIR's protocol."""
 
 from data import load_pair
 
 
 def psnr(restored, gt):
-    """PSNR in dB of (3, H, W) against (3, H, W), clipped to [0, 1] and not quantised; at most
-    100."""
-    mse = (restored.clamp(0, 1) - gt).double().square().mean().item()
-    return min(100.0, -10 * math.log10(mse)) if mse else 100.0
+    """PSNR in dB of (…, 3, H, W) against (…, 3, H, W), of each image: (…,), with graph. Clipped to
+    [0, 1] and not quantised; at most 100."""
+    mse = (restored.clamp(0, 1) - gt).square().mean(dim=(-3, -2, -1))
+    return -10 * mse.clamp(min=1e-10).log10()
 
 
-def psnrs(restored, gt):
-    """PSNR in dB of (B, 3, H, W) against (B, 3, H, W), clipped to [0, 1], with graph: (B,); at most
-    100."""
-    mse = (restored.clamp(0, 1) - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return -10 * mse.log10()
+def ssim(restored, gt):
+    """SSIM of (3, H, W) against (3, H, W), clipped to [0, 1]: scikit-image's, with a uniform 7×7
+    window."""
+    from skimage.metrics import structural_similarity  # late: it takes a second to load
 
-
-def psnr_ssim(restored, gt):
-    """AdaIR's figures, by scikit-image: PSNR in dB, and SSIM with a uniform 7×7 window, on RGB
-    floats in [0, 1]."""
     restored, gt = (t.clamp(0, 1).permute(1, 2, 0).numpy() for t in (restored, gt))
-    if np.array_equal(restored, gt):
-        return 100.0, 1.0
-    # late: it takes a second to load
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-    value = peak_signal_noise_ratio(gt, restored, data_range=1)
-    return float(value), float(structural_similarity(gt, restored, data_range=1, channel_axis=-1))
+    return float(structural_similarity(gt, restored, data_range=1, channel_axis=-1))
 
 
 def multiple_of_16(image):
@@ -45,26 +29,18 @@ def multiple_of_16(image):
 
 
 def evaluation_pair(sample):
-    """(degraded, gt) of a sample as AdaIR's protocol wants them: sides cut to multiples of 16."""
-    return tuple(multiple_of_16(image) for image in load_pair(sample))
+    """(degraded, gt) of a sample as AdaIR's protocol wants them: sides cut to multiples of 16,
+    noise seeded per image. Raises DataError for images that cannot be used."""
+    degraded, gt = load_pair(sample)
+    return multiple_of_16(degraded), multiple_of_16(gt)
 
 
-def evaluate_image(restore, also, sample):
-    """One row of `evaluate`."""
+def evaluate_image(restore, sample):
+    """AdaIR's protocol on one sample: (row, restored, gt), the row {task, name, psnr_in, psnr,
+    ssim}. restore: (3, H, W) -> (3, H, W) on the CPU. Raises DataError: an evaluation leaves
+    nothing out."""
     degraded, gt = evaluation_pair(sample)
     restored = restore(degraded)
-    value, similarity = psnr_ssim(restored, gt)
-    row = dict(task=sample.task, name=sample.name, psnr_in=psnr(degraded, gt))
-    row |= dict(psnr=value, ssim=similarity)
-    return row | (also(sample, degraded, restored, gt) if also else {})
-
-
-def evaluate(restore, samples, also=None, mapper=map):
-    """AdaIR's protocol over `samples`: a row {task, name, psnr_in, psnr, ssim} for each.
-
-    restore: (3, H, W) -> (3, H, W) on the CPU. Noise is seeded per image.
-    also(sample, degraded, restored, gt): a dict of what else the row should hold, or an empty one.
-    mapper(function, samples): as map; `runs.parallel_map` divides the work between the processes.
-    Raises DataError for an image that cannot be used: an evaluation leaves nothing out.
-    """
-    return list(mapper(partial(evaluate_image, restore, also), samples))
+    row = dict(task=sample.task, name=sample.name, psnr_in=psnr(degraded, gt).item())
+    row |= dict(psnr=psnr(restored, gt).item(), ssim=ssim(restored, gt))
+    return row, restored, gt

@@ -74,7 +74,7 @@ def score(restore, samples, min_side):
         same = [pair for pair in pairs if pair[2].shape == shape]
         restored = restore(torch.stack([degraded for _, degraded, _ in same]))
         for (row, _, gt), y in zip(same, restored):
-            row["psnr"] = psnr(y, gt)
+            row["psnr"] = psnr(y, gt).item()
     return rows
 
 

@@ -33,7 +33,7 @@ from data import (
     split_usable,
 )
 from degradations import camera, quantise
-from metrics import evaluate, psnr
+from metrics import evaluate_image, psnr
 from model import (
     EMPTY_RATE,
     AdaIR,
@@ -355,13 +355,14 @@ def validate(model, val, stop):
 
     returned = {}  # clean file -> PSNR of what is made of it
 
-    def also(sample, degraded, restored, gt):
+    def measure(sample):
+        row, _, gt = evaluate_image(partial(restore, model), sample)
         if sample.gt not in returned:
-            returned[sample.gt] = psnr(restore(model, gt), gt)
-        return dict(paired=bool(sample.degraded), clean=returned[sample.gt])
+            returned[sample.gt] = psnr(restore(model, gt), gt).item()
+        return row | dict(paired=bool(sample.degraded), clean=returned[sample.gt])
 
-    mapper = partial(runs.parallel_map, desc="validate", stop=stop)
-    rows = evaluate(partial(restore, model.eval()), val, also=also, mapper=mapper)
+    model.eval()
+    rows = runs.parallel_map(measure, val, "validate", stop)
     for paired, name in ((True, "pairs"), (False, "synthesised")):
         part = [row for row in rows if row["paired"] == paired]
         if part:

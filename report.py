@@ -4,13 +4,12 @@ A row of an evaluation is a dict with task, name, psnr_in, psnr, ssim and whatev
 measured.
 """
 
-import csv
 import io
-import math
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 # ------------------------------------------------------------------------------------------ tables
@@ -31,10 +30,7 @@ def markdown(head, rows):
 
 def to_csv(head, rows):
     """CSV text; floats get six decimals."""
-    buffer = io.StringIO()
-    cells = ([f"{c:.6f}" if isinstance(c, float) else c for c in row] for row in (head, *rows))
-    csv.writer(buffer).writerows(cells)
-    return buffer.getvalue()
+    return pd.DataFrame(rows, columns=head).to_csv(index=False, float_format="%.6f")
 
 
 def mean(rows, key):
@@ -54,33 +50,27 @@ def mean_of(values):
     return float(np.mean(list(values.values())))
 
 
-def mean_of_tasks(rows, key):
-    """The mean over tasks of each task's mean."""
-    return mean_of({task: mean(of_task, key) for task, of_task in by_task(rows).items()})
-
-
 def before_after_table(before, after, hard):
     """PSNR, SSIM and reward per task, before and after, and their mean over tasks: of all images,
     of the hard ones (indices) and of the rest."""
     head = ["task", "images", "input dB", "before dB", "after dB", "gain dB"]
     head += ["before SSIM", "after SSIM", "before reward", "after reward", "gain e-4"]
 
-    def line(name, chosen):
-        old, new = ([rows[i] for i in chosen] for rows in (before, after))
-        psnr, psnr_after = mean_of_tasks(old, "psnr"), mean_of_tasks(new, "psnr")
-        reward, reward_after = mean_of_tasks(old, "reward"), mean_of_tasks(new, "reward")
-        decibels = [f"{v:.2f}" for v in (mean_of_tasks(old, "psnr_in"), psnr, psnr_after)]
-        cells = [name, len(chosen), *decibels, f"{psnr_after - psnr:+.3f}"]
-        cells += [f"{mean_of_tasks(rows, 'ssim'):.4f}" for rows in (old, new)]
-        rewards = [f"{reward:.4f}", f"{reward_after:.4f}"]
-        return [*cells, *rewards, f"{1e4 * (reward_after - reward):+.1f}"]
+    def line(name, images):
+        means = images.groupby("task").mean(numeric_only=True).mean()  # tasks weigh alike
+        cells = [f"{means[key]:.2f}" for key in ("psnr_in", "psnr", "psnr_after")]
+        cells.append(f"{means['psnr_after'] - means['psnr']:+.3f}")
+        cells += [f"{means[key]:.4f}" for key in ("ssim", "ssim_after", "reward", "reward_after")]
+        cells.append(f"{1e4 * (means['reward_after'] - means['reward']):+.1f}")
+        return [name, len(images), *cells]
 
-    every, tasks = range(len(before)), [row["task"] for row in before]
-    lines = [line(task, [i for i in every if tasks[i] == task]) for task in dict.fromkeys(tasks)]
-    lines.append(line("mean of tasks", every))
-    rest = [i for i in every if i not in hard]
-    parts = (("hard 30 %", hard), ("the rest", rest))
-    lines += [line(f"mean: {name}", chosen) for name, chosen in parts if chosen]
+    images = pd.DataFrame(before).join(pd.DataFrame(after).add_suffix("_after"))
+    is_hard = images.index.isin(hard)
+    lines = [line(task, of_task) for task, of_task in images.groupby("task", sort=False)]
+    lines.append(line("mean of tasks", images))
+    for name, part in (("hard 30 %", images[is_hard]), ("the rest", images[~is_hard])):
+        if len(part):
+            lines.append(line(f"mean: {name}", part))
     return markdown(head, lines)
 
 
@@ -99,20 +89,20 @@ def gains_since_start(history):
 
 def typical_and_worst(rows, gains):
     """Of every task the index of the image of median gain, and last that of the lowest gain."""
-    groups = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[row["task"]].append(i)
-    ranked = [sorted(members, key=lambda i: gains[i]) for members in groups.values()]
-    return [members[len(members) // 2] for members in ranked] + [int(np.argmin(gains))]
+    chosen, ranked = [], sorted(range(len(rows)), key=lambda i: gains[i])
+    for task in by_task(rows):
+        members = [i for i in ranked if rows[i]["task"] == task]
+        chosen.append(members[len(members) // 2])
+    return [*chosen, ranked[0]]
 
 
 def gain_table(rows):
     """PSNR per task, input against restored."""
     lines = []
-    for task, group in by_task(rows).items():
-        psnr_in, psnr = mean(group, "psnr_in"), mean(group, "psnr")
-        ssim = f"{mean(group, 'ssim'):.4f}"
-        lines.append([task, f"{psnr_in:.2f}", f"{psnr:.2f}", f"{psnr - psnr_in:+.2f}", ssim])
+    for task, of_task in by_task(rows).items():
+        psnr_in, psnr = mean(of_task, "psnr_in"), mean(of_task, "psnr")
+        cells = f"{psnr_in:.2f}", f"{psnr:.2f}", f"{psnr - psnr_in:+.2f}"
+        lines.append([task, *cells, f"{mean(of_task, 'ssim'):.4f}"])
     return markdown(["task", "input dB", "restored dB", "gain dB", "SSIM"], lines)
 
 
@@ -147,49 +137,56 @@ def pyplot():
 def plot_curves(path, rows, history=()):
     """Draws what validations gained since the start, per task, and CURVES of a run's logged rows,
     each as measured and as a running mean."""
-    rows = [row for row in rows if not row["skipped"]]
-    for row in rows:
-        for kind in ("det", "best"):
-            if f"psnr_{kind}" in row:
-                row[f"gain_{kind}"] = row[f"psnr_{kind}"] - row["psnr_in"]
-    logged = {name for row in rows for name in row}
-    panels = [(names, title) for names, title in CURVES if names.keys() & logged]
-    validated = [("psnr", "validation: PSNR (dB)"), ("reward", "validation: reward")]
-    validated = validated if len(history) > 1 else []
-    if not panels and not validated:
+    log = pd.DataFrame([row for row in rows if not row["skipped"]])
+    for kind in ("det", "best"):
+        if f"psnr_{kind}" in log:
+            log[f"gain_{kind}"] = log[f"psnr_{kind}"] - log["psnr_in"]
+    validated = {"psnr": "validation: PSNR (dB)", "reward": "validation: reward"}
+    validated = validated if len(history) > 1 else {}
+    logged = [(names, title) for names, title in CURVES if any(name in log for name in names)]
+    n_rows = -(-(len(validated) + len(logged)) // 3)
+    if not n_rows:
         return
     plt = pyplot()
-    n_rows = -(-(len(panels) + len(validated)) // 3)
     figure, axes = plt.subplots(n_rows, 3, figsize=(12, 2.6 * n_rows), squeeze=False)
-    steps = np.array([row["step"] for row in rows])
-    window = max(1, len(steps) // 20)
-    for axis in axes.flat[len(panels) + len(validated) :]:
+    free = iter(axes.flat)
+    for key, title in validated.items():
+        plot_gains(next(free), history, key, f"{title} against the start")
+    for names, title in logged:
+        plot_log(next(free), log, names, title)
+    for axis in free:
         axis.axis("off")
-    gains, at = gains_since_start(history), [found["step"] for found in history]
-    for axis, (key, title) in zip(axes.flat, validated):
-        axis.set_title(f"{title} against the start", fontsize=9)
-        for task in gains[0][key]:
-            whole = dict(color="black", linewidth=2) if task == "mean" else dict(linewidth=1)
-            axis.plot(at, [gain[key][task] for gain in gains], label=task, **whole)
-        axis.axhline(0, color="grey", linewidth=0.5)
-        axis.legend(fontsize=6, ncol=2)
+    for axis in axes.flat:
         axis.tick_params(labelsize=7)
-    for axis, (names, title) in zip(axes.flat[len(validated) :], panels):
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=7)
-        for color, (name, label) in enumerate(names.items()):
-            values = np.array([row.get(name, math.nan) for row in rows], dtype=float)
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            centres = steps[window // 2 : window // 2 + len(smooth)]
-            axis.plot(steps, values, color=f"C{color}", alpha=0.2, linewidth=0.8)
-            axis.plot(centres, smooth, color=f"C{color}", label=label, linewidth=1.6)
-        if len(names) > 1:
-            axis.legend(fontsize=6, ncol=2)
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=8)
     figure.subplots_adjust(0.055, 0.17 / n_rows, 0.99, 1 - 0.12 / n_rows, 0.16, 0.35)
     figure.savefig(Path(path), dpi=110)
     plt.close(figure)
+
+
+def plot_gains(axis, history, key, title):
+    """What validations gained since the first: a line per task, and their mean."""
+    gains, steps = gains_since_start(history), [found["step"] for found in history]
+    for task in gains[0][key]:
+        style = dict(color="black", linewidth=2) if task == "mean" else dict(linewidth=1)
+        axis.plot(steps, [gain[key][task] for gain in gains], label=task, **style)
+    axis.axhline(0, color="grey", linewidth=0.5)
+    axis.legend(fontsize=6, ncol=2)
+    axis.set_title(title, fontsize=9)
+
+
+def plot_log(axis, log, names, title):
+    """Logged metrics {name: label}: as measured, pale, and a running mean."""
+    for color, (name, label) in enumerate(names.items()):
+        if name not in log:
+            continue
+        smooth = log[name].rolling(max(1, len(log) // 20), center=True).mean()
+        axis.plot(log["step"], log[name], color=f"C{color}", alpha=0.2, linewidth=0.8)
+        axis.plot(log["step"], smooth, color=f"C{color}", label=label, linewidth=1.6)
+    if len(names) > 1:
+        axis.legend(fontsize=6, ncol=2)
+    axis.set_title(title, fontsize=9)
 
 
 def as_picture(image):

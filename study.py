@@ -27,7 +27,7 @@ from data import (
     task_names,
     training_table,
 )
-from metrics import evaluate, evaluation_pair, psnr, psnrs
+from metrics import evaluate_image, evaluation_pair, psnr
 from model import model_digest, restore
 
 # ------------------------------------------------------------------------------- reward and samples
@@ -174,7 +174,7 @@ def chosen_rollout(scores, policy, generators):
 def image_weights(restored, gt, policy):
     """(w_RL, w_sup), (B,) each, of images (B, 3, H, W): --weighting difficulty; else 1, as None."""
     if policy.weighting == "difficulty":
-        return grpo.difficulty_weights(psnrs(restored.detach(), gt))
+        return grpo.difficulty_weights(psnr(restored.detach(), gt))
     return None, None
 
 
@@ -184,11 +184,11 @@ def image_weights(restored, gt, policy):
 def measure(run, reward, restoring, samples, desc):
     """AdaIR's protocol and the reward over `samples`, by all processes: rows."""
 
-    def also(sample, degraded, restored, gt):
-        return dict(reward=reward.of_image(restored, gt, sample.task))
+    def measure_one(sample):
+        row, restored, gt = evaluate_image(restoring, sample)
+        return row | dict(reward=reward.of_image(restored, gt, sample.task))
 
-    mapper = partial(runs.parallel_map, desc=desc, stop=run.stop)
-    return evaluate(restoring, samples, also, mapper)
+    return runs.parallel_map(measure_one, samples, desc, run.stop)
 
 
 def validate_when_due(config, run, reward, val):
@@ -215,7 +215,7 @@ def validate_when_due(config, run, reward, val):
 
 def batch_psnr(restored, gt):
     """Mean PSNR in dB over a batch."""
-    return psnrs(restored.detach(), gt).mean()
+    return psnr(restored.detach(), gt).mean()
 
 
 def describe(scores, terms, judge=None):

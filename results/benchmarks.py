@@ -11,6 +11,8 @@ import csv
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tables
 
@@ -46,16 +48,16 @@ def check_images(arms):
 
 
 def by_method(arms):
-    """{set: {method: rows with psnr and ssim}}, as eval.tables takes them."""
-    results = {}
+    """A frame with a row per image and method, as eval.tables takes it."""
+    found = []
     for arm, rows in arms.items():
         for row in rows:
-            of_set = results.setdefault(row["set"], {})
+            of_image = dict(set=row["set"], task=row["task"])
             start = {key: row[f"{key}_before"] for key, *_ in KEYS}
             after = {key: row[key] + start[key] for key in start}
-            of_set.setdefault("pre-trained", []).append(dict(task=row["task"], **start))
-            of_set.setdefault(arm, []).append(dict(task=row["task"], **after))
-    return results
+            found.append(of_image | dict(method="pre-trained") | start)
+            found.append(of_image | dict(method=arm) | after)
+    return pd.DataFrame(found)
 
 
 def groups(rows):

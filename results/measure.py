@@ -22,7 +22,7 @@ import runs
 from config import DEMO_MODEL
 from data import list_training
 from eval import load
-from metrics import evaluate
+from metrics import evaluate_image
 from model import CheckpointError, load_pretrained, restore
 
 
@@ -30,11 +30,13 @@ def measure(samples, restoring):
     """A row for every sample, as restoring(image) gives it."""
     reward = rewards.Reward(rewards.parse_terms("default"))
 
-    def also(sample, degraded, restored, gt):
-        exposure = closeness(mean_luminance(restored.clamp(0, 1)), mean_luminance(gt))
-        return dict(reward=reward.of_image(restored, gt, sample.task), exposure=exposure)
-
-    return evaluate(restoring, tqdm(samples, leave=False), also)
+    rows = []
+    for sample in tqdm(samples, leave=False):
+        row, restored, gt = evaluate_image(restoring, sample)
+        row["reward"] = reward.of_image(restored, gt, sample.task)
+        row["exposure"] = closeness(mean_luminance(restored.clamp(0, 1)), mean_luminance(gt))
+        rows.append(row)
+    return rows
 
 
 def check(folder):

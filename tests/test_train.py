@@ -28,7 +28,7 @@ import train
 from config import DEMO_MODEL, parse
 from data import TASKS, Crops, Sample, list_training, load_pair
 from grpo import rollout
-from metrics import evaluate, psnr
+from metrics import evaluate_image, psnr
 from model import load_adair, read_checkpoint, restore
 from policy import policy_for
 from rewards import Reward, parse_terms
@@ -69,21 +69,18 @@ def test_a_run_leaves_everything_a_run_folder_has(small, init, photos, tmp_path,
     _, val, held_out, _ = list_training(photos)
     net, reward = load_adair(init), Reward(parse_terms("default"))
 
-    def of(sample, degraded, restored, gt):
-        rewards, _ = reward(restored[None, None], degraded[None], gt[None], [sample.task])
-        return dict(reward=rewards.item())
-
-    by_hand = evaluate(lambda x: restore(net, x), held_out, of)
-    after = evaluate(evaluation.load(run, "cpu")[0], held_out, of)
-    for found, expected in ((report["before"], by_hand), (report["after"], after)):
-        for key in ("psnr", "reward"):
-            values = [r[key] for r in expected]
-            assert [r[key] for r in found] == pytest.approx(values, abs=1e-3)
+    restorers = dict(before=lambda x: restore(net, x), after=evaluation.load(run, "cpu")[0])
+    for name, restorer in restorers.items():
+        for sample, found in zip(held_out, report[name], strict=True):
+            row, restored, gt = evaluate_image(restorer, sample)
+            rewards, _ = reward(restored[None, None], gt[None], gt[None], [sample.task])
+            assert found["psnr"] == pytest.approx(row["psnr"], abs=1e-3)
+            assert found["reward"] == pytest.approx(rewards.item(), abs=1e-3)
     assert report["before"] != report["after"]
 
     # validation, on other images, at the start, every 5 steps and at the end
     assert [found["step"] for found in report["validation"]] == [0, 5, 10]
-    rows = evaluate(lambda x: restore(net, x), val)
+    rows = [evaluate_image(lambda x: restore(net, x), sample)[0] for sample in val]
     start = report["validation"][0]["psnr"]
     assert start == pytest.approx({r["task"]: r["psnr"] for r in rows}, abs=1e-3)
 
@@ -359,8 +356,7 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
             y_det = net.decode(encoding, policy.mean())
             same = net.decode(encoding, policy.mean(), copies=8)[None]
         group = rollout(net, policy, encoding, 8, [torch.Generator().manual_seed(0)], at_once=8)
-        psnrs = [psnr(y, gt[0]) for y in group.restored[0]]
-        losses.append(psnr(y_det[0], gt[0]) - np.mean(psnrs))
+        losses.append((psnr(y_det, gt) - psnr(group.restored[0], gt).mean()).item())
         for y, found in ((group.restored, deviations), (same, rounding)):
             found.append(score(y, degraded, gt, [sample.task])[0].std().item())
     assert len(losses) == 2 * len(TASKS) and np.mean(losses) < 0.5, losses
@@ -477,7 +473,8 @@ def test_before_is_the_pre_trained_model_under_its_own_mask_rule(small, tmp_path
     train.main(small("run", *flags, "--tasks", "derain", "--steps", 1))
     report = json.loads((tmp_path / "run/report.json").read_text())
     held_out = list_training(tmp_path / "large", tasks=["derain"]).held_out
-    by_hand = [r["psnr"] for r in evaluate(lambda x: restore(net, x), held_out)]
+    rows = [evaluate_image(lambda x: restore(net, x), sample)[0] for sample in held_out]
+    by_hand = [row["psnr"] for row in rows]
     assert [r["psnr"] for r in report["before"]] == pytest.approx(by_hand, abs=1e-4)
 
 
