@@ -293,8 +293,10 @@ def restore_photos(config):
     for problem in broken:
         tqdm.write(f"not restored: {problem}")
     if broken:
-        failed = f"{len(broken)} of {len(photos)} photo(s) could not be restored"
-        raise DataError(f"{failed}; the others are in {config.out}")
+        raise DataError(
+            f"{len(broken)} of {len(photos)} photo(s) could not be restored; "
+            f"the others are in {config.out}"
+        )
     print(f"restored {len(photos)} photo(s) into {config.out}")
 
 

@@ -89,11 +89,8 @@ def test_recorded_outputs_of_a_lightning_checkpoint(i):
     with torch.no_grad():
         y = net(torch.from_numpy(io[f"x{i}"]).float())
     assert (y - torch.from_numpy(io[f"y{i}"])).abs().max() < 1e-4
-    assert (
-        net.config["num_blocks"] == [1, 2, 1, 2]
-        and net.config["dim"] == 16
-        and net.config["ffn_expansion"] == 2.66
-    )
+    found = [net.config[key] for key in ("dim", "num_blocks", "ffn_expansion")]
+    assert found == [16, [1, 2, 1, 2], 2.66]
 
 
 def test_default_size_is_the_published_one():
@@ -242,12 +239,9 @@ def test_every_kind_of_checkpoint_loads(tmp_path, state, kind):
         torch.save(dict(model=state, config=net.config), path)
     loaded = model.load_adair(path)
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
-    assert (
-        not loaded.training and loaded.config["heads"] == [1, 2, 4, 8] and loaded.config["dim"] == 8
-    )
-    assert (loaded.config["mask_rule"], loaded.config["rates"]) == (
-        ("fraction", [0.25] * 2) if kind == "ours" else ("adair", [0.01] * 2)
-    )
+    rule = ("fraction", [0.25, 0.25]) if kind == "ours" else ("adair", [0.01, 0.01])
+    found = [loaded.config[key] for key in ("dim", "heads", "mask_rule", "rates")]
+    assert found == [8, [1, 2, 4, 8], *rule] and not loaded.training
 
 
 def test_unknown_missing_and_misshapen_tensors_are_named(tmp_path, state):
@@ -257,11 +251,8 @@ def test_unknown_missing_and_misshapen_tensors_are_named(tmp_path, state):
     torch.save(state, tmp_path / "m.pt")
     with pytest.raises(model.CheckpointError) as error:
         model.load_adair(tmp_path / "m.pt")
-    for words in (
-        'Missing key(s) in state_dict: "fre2.para1"',
-        "extra.weight",
-        "for output.weight",
-    ):
+    missing = 'Missing key(s) in state_dict: "fre2.para1"'
+    for words in (missing, "extra.weight", "for output.weight"):
         assert words in str(error.value)
 
 
