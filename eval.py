@@ -51,9 +51,9 @@ class Benchmark:
     """checkpoint of the 'before' row; without it, what the run started from"""
     sets: tuple[str, ...] = ()
     """names of the test sets to use; without it, all that are found"""
-    limit: int = 0
+    limit: runs.Count = 0
     """images per set, the first ones; 0: all"""
-    tile: int = 0
+    tile: runs.Count = 0
     """restore in tiles of this many px; 0: whole images"""
     save_images: bool = False
     """write every restored image, into OUT/images/SET/METHOD"""
@@ -77,7 +77,7 @@ class Restore:
     """run folder, or a checkpoint file: official AdaIR or ours"""
     out: str = "restored"
     """folder for the results, written as PNG"""
-    tile: int | None = None
+    tile: runs.Count | None = None
     """px; 0: whole image (default: 512 above 1 MP, else whole)"""
     overwrite: bool = False
     """replace results that exist"""
@@ -199,7 +199,6 @@ def tables(images):
 
 def benchmark(config):
     """Evaluates a checkpoint on every test set and writes the tables."""
-    runs.check_ranges(config, limit="[0, inf)")
     runs.check_tile(config.tile)
     runs.check_device(config.device)
     device, ckpt = runs.join(config.device), Path(config.ckpt)
