@@ -317,10 +317,10 @@ class Scene:
     depends on the truth alone is computed once per image, and what several terms need once for all
     of them."""
 
-    def __init__(self, restored, gt, tasks, nets, scores=None):
+    def __init__(self, restored, gt, tasks, nets, judge=None, pending=None):
         """restored: (B, G, 3, H, W), clamped here; gt: (B, 3, H, W); tasks: B names; nets: {name:
-        network}; scores: function that waits for the judge's (B, G), NaN where it gave none."""
-        self.group, self.nets, self.scores = restored.shape[1], nets, scores
+        network}; judge: judge.Judge, and what it was asked, pending."""
+        self.group, self.nets, self.judge, self.pending = restored.shape[1], nets, judge, pending
         self.y = restored.flatten(0, 1).float().clamp(0, 1)  # (B·G, 3, H, W), image by image
         self.truth = gt.float()
         self.gt = self.repeat(self.truth)  # (B·G, 3, H, W)
@@ -367,7 +367,7 @@ TERMS = {
     "ssim": Term(lambda s: r_ssim(s.y, s.gt), "gen", 0.15, side=11),
     "task": Term(Scene.task, "task", 1.0),
     # last: the judge is at work while the others are computed
-    "qwen": Term(lambda s: r_qwen(s.scores().flatten()), "qwen", 1.0),
+    "qwen": Term(lambda s: r_qwen(s.judge.result(s.pending).flatten()), "qwen", 1.0),
 }
 PUBLISHED = {**{name: term.weight for name, term in TERMS.items()}, **PARTS}
 PAPER = ("clip", "lpips", "aes", "psnr", "ssim", "task", "qwen")
@@ -461,8 +461,8 @@ class Reward:
         names. judge: judge.Judge, asked first and waited for last; a group with a rollout that it
         could not score is rewarded without R_qwen, and is NaN where there is no other term.
         """
-        scores = judge.ask(degraded, restored, gt) if judge else None
-        scene = Scene(restored, gt, tasks, self.nets, scores)
+        pending = judge.ask(degraded, restored, gt) if judge else None
+        scene = Scene(restored, gt, tasks, self.nets, judge, pending)
         effective = effective_weights(self.weights)
         terms = {}
         for name, term in TERMS.items():

@@ -271,7 +271,10 @@ def test_a_group_the_judge_could_not_score_is_rewarded_without_it():
 
     class Scores:  # what a judge.Judge is to a reward
         def ask(self, degraded, restored, gt):
-            return lambda: score
+            return None
+
+        def result(self, pending):
+            return score
 
     tasks = ["derain"] * 2
     r, terms = reward(y, gt, gt, tasks, Scores())
