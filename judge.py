@@ -17,7 +17,6 @@ asks it; to it, the program first says {"ready": …}. Nothing but these lines g
 """
 
 import base64
-import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -31,6 +30,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,7 @@ DIGITS = "12345"
 SCORE = re.compile(r"<Score>[ \r\n]*([1-5])[ \r\n]*</Score>")
 NO_SCORE = "the answer has no single <Score>X</Score> with X from 1 to 5"
 DRAWN = dict(temperature=0.7, top_p=0.9)  # how a second answer is drawn
+PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
 START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB
 
 
@@ -222,13 +224,14 @@ def load(config):
     import transformers  # late: it takes seconds
     from huggingface_hub import HfApi
 
-    name, is_local, hub = config.model, Path(config.model).is_dir(), ""
-    if not is_local:
+    name, problem = config.model, None
+    if not Path(name).is_dir():
         try:
             HfApi().model_info(name, timeout=5)  # transformers itself would retry for minutes
         except Exception as error:  # no network, no such model, no valid name, …
-            is_local, hub = True, f"it is not, or not whole, on this machine, and {reason(error)}"
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+            problem = f"it is not, or not whole, on this machine, and {reason(error)}"
+    is_local = bool(problem) or Path(name).is_dir()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype]
     try:
         processor = transformers.AutoProcessor.from_pretrained(
             name, local_files_only=is_local, padding_side="left"
@@ -236,7 +239,7 @@ def load(config):
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name,
             local_files_only=is_local,
-            dtype=types[config.dtype],
+            dtype=dtype,
             attn_implementation=config.attention,
             use_safetensors=True,  # the other format is pickle
             output_loading_info=True,
@@ -244,14 +247,10 @@ def load(config):
         model.to(config.device)
     except Exception as error:
         if is_out_of_memory(error):
-            raise JudgeError(
-                f"{config.device} has not the memory for {name} in {config.dtype}: use a smaller "
-                "model or another --device"
-            ) from None
-        raise JudgeError(
-            f"the judge's model {name} cannot be loaded ({hub or reason(error)})"
-        ) from None
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+            problem = f"{config.device} has not the memory for it: a smaller one may do"
+        problem = problem or reason(error)
+        raise JudgeError(f"the judge's model {name} cannot be loaded: {problem}") from None
+    missing = [*info["missing_keys"], *info["mismatched_keys"]]
     if missing:  # transformers would fill them with random numbers
         raise JudgeError(
             f"the judge's model {name} is not complete: {len(missing)} tensors are missing or of "
@@ -393,7 +392,7 @@ class ServerJudge:
         self.config, self.parts = config, prompt_parts(config.prompt, config.mode)
         try:
             with self.client(timeout=10) as client:
-                served = [model.id for model in client.models.list().data or []]
+                served = [str(model.id) for model in client.models.list().data or []]
         except (openai.APIStatusError, openai.APIResponseValidationError, TypeError):
             served = []  # it keeps no list
         except Exception as error:  # no address, no valid key, no connection, no time
@@ -401,8 +400,7 @@ class ServerJudge:
                 f"no OpenAI-compatible server answers at {config.server} ({reason(error)})"
             ) from None
         if config.model not in served:
-            shown = ", ".join(map(str, served))[:300] or "nothing"
-            print(f"note: the server lists {shown}, not {config.model}", file=sys.stderr)
+            print(f"note: the server lists {served}, not {config.model}", file=sys.stderr)
 
     def client(self, timeout):
         """A client that tries once more what may pass, as a busy server. It follows no redirect,
@@ -426,13 +424,13 @@ class ServerJudge:
     def score(self, requests):
         """Replies without their id, one per request {name: data URL}, within the time-out, however
         slowly an answer drips."""
-        threads = concurrent.futures.ThreadPoolExecutor(len(requests))
+        threads = ThreadPoolExecutor(len(requests))
         with self.client(self.config.timeout) as client:
-            futures = [threads.submit(self.score_one, client, request) for request in requests]
-            done, _ = concurrent.futures.wait(futures, self.config.timeout)
+            pending = [threads.submit(self.score_one, client, request) for request in requests]
+            done, _ = futures.wait(pending, self.config.timeout)
         threads.shutdown(wait=False)  # the closed client ends what is under way
         late = dict(score=None, error="the server did not answer in time")
-        return [future.result() if future in done else late for future in futures]
+        return [future.result() if future in done else late for future in pending]
 
     def score_one(self, client, request):
         """The reply to one request {name: data URL}. An answer without a score is drawn once more;
@@ -572,22 +570,21 @@ def score_all(argv):
     config = runs.flags(Config, "judge.py", __doc__, argv)
     check(config)
     config.dtype = config.dtype or ("bf16" if runs.on_gpu(config.device) else "fp32")
-    replies = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
     if config.parent:
         end_with(config.parent)
     judge = ServerJudge(config) if config.server else LocalJudge(config)
     if config.parent:
-        print(json.dumps(dict(ready=config.model)), file=replies, flush=True)
+        print(json.dumps(dict(ready=config.model)), file=output, flush=True)
     scored = failed = 0
     for lines in read_batches(sys.stdin.buffer, config.batch_size):
         for reply in score_lines(judge, lines):
-            print(json.dumps(reply), file=replies)
+            print(json.dumps(reply), file=output)
             scored += reply["score"] is not None
             failed += reply["score"] is None
-        replies.flush()
-    if scored + failed:
-        print(f"{scored} scored, {failed} not", file=sys.stderr)
+        output.flush()
+    print(f"{scored} scored, {failed} not", file=sys.stderr)
     return int(failed > 0)
 
 
@@ -623,8 +620,7 @@ class Judge:
         self.process, self.problem, self.metrics = None, None, {}
         self.starts = self.failed_in_a_row = 0
         self.ids = range(0)  # of the batch that was asked last
-        # of which one sends and one reads
-        self.threads = concurrent.futures.ThreadPoolExecutor(2)
+        self.threads = ThreadPoolExecutor(2)  # one sends, one reads
 
     def start(self, degraded, gt, group_size):
         """Starts it and has it score a first batch: what cannot work should fail before the
@@ -651,16 +647,10 @@ class Judge:
         try:
             # not in a thread: the kernel ties a process to the thread that started it
             self.launch()
-            pending = self.threads.submit(
-                self.exchange,
-                self.process,
-                self.ids,
-                gt=as_bytes(gt),
-                degraded=as_bytes(degraded),
-                restored=as_bytes(restored),
-            )
+            images = dict(gt=as_bytes(gt), degraded=as_bytes(degraded), restored=as_bytes(restored))
+            pending = self.threads.submit(self.exchange, self.process, self.ids, images)
         except JudgeError as error:
-            pending = concurrent.futures.Future()
+            pending = futures.Future()
             pending.set_exception(error)
         self.sent = time.perf_counter()
         return pending
@@ -713,7 +703,7 @@ class Judge:
             self.check()
             if time.monotonic() > end:
                 raise JudgeError(late)
-            concurrent.futures.wait([future], timeout=0.1)
+            futures.wait([future], timeout=0.1)
         return future.result()
 
     def launch(self):
@@ -726,31 +716,25 @@ class Judge:
             with open(self.log, "ab") as log:
                 self.log_start = log.tell()
                 self.process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    encoding="utf-8",
-                    errors="replace",
-                    start_new_session=True,  # so that what it starts ends with it
+                    self.command, stderr=log, start_new_session=True, **PIPES
                 )
             is_ready = (reply for reply in self.replies(self.process) if "ready" in reply)
             ready = self.threads.submit(next, is_ready)
-            self.wait(
-                ready, self.start_timeout, f"it was not ready within {self.start_timeout:.0f} s"
-            )
+            late = f"it was not ready within {self.start_timeout:.0f} s"
+            self.wait(ready, self.start_timeout, late)
         except (JudgeError, OSError) as error:
             self.close()
             raise JudgeError(f"the judge could not start: {error}; its log is {self.log}") from None
         if self.starts == 1:  # nothing has to be downloaded again
             self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
 
-    def exchange(self, process, ids, gt, degraded, restored):
-        """Sends requests with these ids for uint8 images (B, 3, H, W) and (B, G, 3, H, W) as one
-        batch. Returns {id: reply} and when the last came. Raises JudgeError."""
+    def exchange(self, process, ids, images):
+        """Sends requests with these ids for uint8 images, gt and degraded (B, 3, H, W), restored
+        (B, G, 3, H, W), as one batch. Returns {id: reply} and when the last came. Raises
+        JudgeError."""
         requests, numbers = [], iter(ids)
-        for truth, image, group in zip(gt, degraded, restored):
-            known = dict(gt=data_url(truth), degraded=data_url(image))
+        for gt, degraded, group in zip(images["gt"], images["degraded"], images["restored"]):
+            known = dict(gt=data_url(gt), degraded=data_url(degraded))
             requests += [dict(id=next(numbers), **known, restored=data_url(y)) for y in group]
         lines = "".join(json.dumps(request) + "\n" for request in requests)
         # it may reply before it has read all, and a pipe holds little
@@ -772,13 +756,10 @@ class Judge:
                 continue
             if isinstance(reply, dict):
                 yield reply
-        code, said = process.wait(), self.last_words()
-        if code == 2:
-            raise JudgeError(said.removeprefix("judge.py: "))
-        if code >= 0:
-            raise JudgeError(f"{said} (exit code {code})")
-        why = ", as the kernel does when memory runs out" if code == -signal.SIGKILL else ""
-        raise JudgeError(f"signal {-code} ended it{why}")
+        code = process.wait()
+        if code < 0:
+            raise JudgeError(f"signal {-code} ended it (9: as the kernel does for want of memory)")
+        raise JudgeError(f"{self.last_words()} (exit code {code})")
 
     def last_words(self):
         """The last line with a word in it that it wrote into its log."""

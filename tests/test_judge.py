@@ -28,6 +28,7 @@ import tiny_judge
 import torch
 from conftest import ROOT, fails, logged, write
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_runs import finish, start, until
 
 import judge as judges
@@ -273,8 +274,6 @@ def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
 
 def test_incomplete_weights_are_refused(tiny, tmp_path):
     """transformers itself would fill the missing tensor with random numbers."""
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(tiny, tmp_path / "judge")
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
@@ -283,6 +282,9 @@ def test_incomplete_weights_are_refused(tiny, tmp_path):
         local(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(judges.JudgeError, match="cannot be loaded"):
+        local(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(judges.JudgeError, match="cannot be loaded: .*no file named model.safet"):
         local(folder)
 
 
@@ -304,7 +306,7 @@ def test_a_model_that_is_nowhere(monkeypatch):
             (silent, "/no/such/folder", "HFValidationError"),
         ):
             monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
-            wanted = f"model {name} cannot be loaded .it is not, or not whole, on this machine"
+            wanted = f"model {name} cannot be loaded: it is not, or not whole, on this machine"
             with pytest.raises(judges.JudgeError, match=f"{wanted}.*{words}"):
                 local(name)
     assert all(seconds <= 5 for seconds in asked)
@@ -480,13 +482,12 @@ for line in iter(sys.stdin.readline, ""):
 """
 
 
-def fake(tmp_path, *replies, **rest):
+def fake(tmp_path, *replies):
     """A process that answers every request with these lines, "#" being the request's id."""
     lines = [reply if isinstance(reply, str) else json.dumps(reply) for reply in replies]
     (tmp_path / "replies").write_text("".join(line + "\n" for line in lines))
-    return judges.Judge(
-        [sys.executable, "-c", FAKE, str(tmp_path / "replies")], tmp_path / "log", **rest
-    )
+    words = [sys.executable, "-c", FAKE, str(tmp_path / "replies")]
+    return judges.Judge(words, tmp_path / "log", timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,7 @@ def fake(tmp_path, *replies, **rest):
     ],
 )
 def test_noise_is_never_read_as_a_score(tmp_path, replies, score):
-    judge = fake(tmp_path, *replies, timeout=300)
+    judge = fake(tmp_path, *replies)
     with contextlib.closing(judge):
         scores = scores_of(judge)
         assert scores.tolist() == [[score, score]] if score else scores.isnan().all()
@@ -879,41 +880,45 @@ def test_a_real_server(tiny, tmp_path):
 # ----------------------------------------------------------------------------------------- training
 
 
-def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):
-    (shutil.copytree(tiny, tmp_path / "judge") / "model.safetensors").unlink()
-    message = fails(capsys, train.main, small("run", "--judge", tmp_path / "judge"))
-    assert "the judge could not start" in message and "no file named model.safetensors" in message
+def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tmp_path, capsys):
+    flags = small("run", "--judge", tmp_path, "--judge-args=--batch-size 0")
+    message = fails(capsys, train.main, flags)
+    assert "the judge could not start" in message and "--batch-size is 0" in message
     # the same --out serves once more: nothing of a run is in it
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["judge.log"]
     said = fails(capsys, judges.main, ["--model", "x", "--device", "cuda:63"])
     assert "'cuda:63' is no device of this machine" in said
 
 
-@pytest.mark.parametrize("when", ["loading", "first batch"])
-def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, when):
-    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over
-    images of 8 MP."""
-    from safetensors.torch import load_file, save_file
+def out_of_memory(tmp_path, folder, *flags):
+    """What a judge in 8 GB of address space says at its start."""
+    limit = ["bash", "-c", 'ulimit -v 8000000; exec "$@"', "-"]
+    words = [*limit, *command("--model", folder, *flags)]
+    with pytest.raises(judges.JudgeError) as error:
+        judges.Judge(words, tmp_path / "log", timeout=600).start(
+            torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1
+        )
+    return str(error.value)
 
-    limit, flags, folder = (
-        ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"],
-        [],
-        shutil.copytree(tiny, tmp_path / "judge"),
-    )
-    if when == "loading":
-        config = json.loads((folder / "config.json").read_text())
-        config["text_config"]["vocab_size"] = 400_000_000
-        (folder / "config.json").write_text(json.dumps(config))
-        tensors = load_file(folder / "model.safetensors")
-        kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        words = "could not start: cpu has not the memory for "
-    else:
-        flags = ["--min-pixels", 8_000_000, "--max-pixels", 9_000_000, "--attention", "eager"]
-        words = "could not score a first batch: out of memory"
-    judge = judges.Judge([*limit, *command("--model", folder, *flags)], tmp_path / "log")
-    with pytest.raises(judges.JudgeError, match=words):
-        judge.start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1)
+
+def test_a_judge_too_large_for_the_memory_is_named(tiny, tmp_path):
+    """By a real allocation that fails: an embedding of 77 GB."""
+    folder = shutil.copytree(tiny, tmp_path / "judge")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 400_000_000
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    said = out_of_memory(tmp_path, folder)
+    assert "could not start" in said and "cpu has not the memory for it" in said
+
+
+def test_images_too_large_for_the_memory_are_named(tiny, tmp_path):
+    """By a real allocation that fails: attention over images of 5 MP."""
+    size = ["--min-pixels", 5_000_000, "--max-pixels", 9_000_000, "--attention", "eager"]
+    said = out_of_memory(tmp_path, tiny, *size)
+    assert "could not score a first batch: out of memory" in said
 
 
 def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
