@@ -224,13 +224,12 @@ def load(config):
     import transformers  # late: it takes seconds
     from huggingface_hub import HfApi
 
-    name, problem = config.model, None
-    if not Path(name).is_dir():
+    name, hub, is_local = config.model, "", Path(config.model).is_dir()
+    if not is_local:
         try:
             HfApi().model_info(name, timeout=5)  # transformers itself would retry for minutes
         except Exception as error:  # no network, no such model, no valid name, …
-            problem = f"it is not, or not whole, on this machine, and {reason(error)}"
-    is_local = bool(problem) or Path(name).is_dir()
+            hub, is_local = f" from this machine, nor from the hub ({reason(error)})", True
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype]
     try:
         processor = transformers.AutoProcessor.from_pretrained(
@@ -246,10 +245,9 @@ def load(config):
         )
         model.to(config.device)
     except Exception as error:
-        if is_out_of_memory(error):
-            problem = f"{config.device} has not the memory for it: a smaller one may do"
-        problem = problem or reason(error)
-        raise JudgeError(f"the judge's model {name} cannot be loaded: {problem}") from None
+        raise JudgeError(
+            f"the judge's model {name} cannot be loaded on {config.device}{hub}: {reason(error)}"
+        ) from None
     missing = [*info["missing_keys"], *info["mismatched_keys"]]
     if missing:  # transformers would fill them with random numbers
         raise JudgeError(
@@ -400,7 +398,8 @@ class ServerJudge:
                 f"no OpenAI-compatible server answers at {config.server} ({reason(error)})"
             ) from None
         if config.model not in served:
-            print(f"note: the server lists {served}, not {config.model}", file=sys.stderr)
+            shown = str(served)[:300]
+            print(f"note: the server lists {shown}, not {config.model}", file=sys.stderr)
 
     def client(self, timeout):
         """A client that tries once more what may pass, as a busy server. It follows no redirect,
