@@ -59,15 +59,12 @@ def seeing(tmp_path_factory):
 
 
 def picture(seed, height=64, width=64):
-    return torch.from_numpy(
-        np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8)
-    )
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
 
 
 def trio(seed, *size):
-    return {
-        name: picture(3 * seed + i, *size) for i, name in enumerate(("gt", "degraded", "restored"))
-    }
+    return {name: picture(3 * seed + i, *size) for i, name in enumerate(judges.IMAGES)}
 
 
 def group_of(seed, restored):
@@ -178,9 +175,8 @@ def test_score_from_a_servers_logprobs():
 def test_the_prompt_asks_what_the_paper_asks(tmp_path):
     parts = judges.prompt_parts(None, "generate")
     assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
-    assert [
-        label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])
-    ] == [True] * 3
+    labels = zip(("Ground truth", "Degraded", "Restored"), parts[::2])
+    assert [label in part for label, part in labels] == [True] * 3
     text = "".join(parts[::2])
     words = "noise rain haze blur light contrast exposure artifacts <Score>X</Score>"
     assert all(word in text for word in words.split())
@@ -262,13 +258,9 @@ def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
 
 def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
     judge = local(tiny, min_pixels=judges.Config.min_pixels)
-    sides = (
-        judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)["image_grid_thw"].prod(
-            dim=1
-        )
-        / 4
-    )
-    assert sides[:3].tolist() == [256] * 3  # tokens; without min_pixels 25
+    inputs = judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)
+    sides = inputs["image_grid_thw"].prod(dim=1) / 4  # tokens; without min_pixels 25
+    assert sides[:3].tolist() == [256] * 3
     assert all(1000 < s <= 1280 for s in sides[3:].tolist())
 
 
@@ -430,15 +422,8 @@ def test_what_is_no_image_is_an_error_of_its_line(image):
 
 
 def command(*flags):
-    return [
-        sys.executable,
-        str(ROOT / "judge.py"),
-        "--device",
-        "cpu",
-        "--parent",
-        str(os.getpid()),
-        *map(str, flags),
-    ]
+    program = [sys.executable, str(ROOT / "judge.py")]
+    return [*program, "--device", "cpu", "--parent", str(os.getpid()), *map(str, flags)]
 
 
 def asked(judge, b=1, g=2, size=32):
@@ -496,27 +481,13 @@ def fake(tmp_path, *replies):
     "replies, score",
     [
         (
-            [
-                "INFO 4 5",
-                "4",
-                "[1, 2]",
-                "null",
-                "{",
-                '{"score": 1}',
-                dict(id=-1, score=1),
-                dict(id=[0], score=1),
-                dict(id="#", score=3.5),
-            ],
+            ["INFO 4 5", "4", "[1, 2]", "null", "{", '{"score": 1}']
+            + [dict(id=-1, score=1), dict(id=[0], score=1), dict(id="#", score=3.5)],
             3.5,
         ),
         (
-            [
-                "\x00\xff" * 999,
-                "[" * 200000,
-                "x" * 3_000_000,
-                dict(id=True, score=1),
-                dict(id="#", score=2),
-            ],
+            ["\x00\xff" * 999, "[" * 200000, "x" * 3_000_000]
+            + [dict(id=True, score=1), dict(id="#", score=2)],
             2,
         ),
         ([dict(id="#", score=99)], None),
@@ -966,48 +937,20 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
 def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):
     good = server.behave
     server.behave = lambda n: good(n) if n <= 4 + 3 * 4 else 500  # the first batch and three steps
-    flags = small(
-        "run",
-        "--judge",
-        server.url,
-        "--judge-model",
-        "qwen",
-        "--judge-patience",
-        2,
-        "--judge-timeout",
-        300,
-    )
-    message = fails(capsys, train.main, flags)
-    assert (
-        "failed 2 times in a row" in message
-        and "500" in message
-        and f"after step 4; --resume {tmp_path / 'run'} goes on" in message
-    )
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
-    rows = logged(tmp_path / "run")
-    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0][
-        "rewards/qwen/mean"
-    ] == pytest.approx(0.75)
+    flags = "--judge-model qwen --judge-patience 2 --judge-timeout 300".split()
+    message = fails(capsys, train.main, small("run", "--judge", server.url, *flags))
+    assert "failed 2 times in a row" in message and "500" in message
+    run = tmp_path / "run"
+    assert f"after step 4; --resume {run} goes on" in message
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 4
+    rows = logged(run)
+    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4]
+    assert rows[0]["rewards/qwen/mean"] == pytest.approx(0.75)
     server.behave = good
-    assert (
-        train.main(
-            ["--resume", str(tmp_path / "run"), "--judge-model", "qwen", "--judge-timeout", "60"]
-        )
-        is None
-    )
-    assert json.loads((tmp_path / "run/config.json").read_text())["expert"]["judge_timeout"] == 60
-    assert [row["judge/failures"] for row in logged(tmp_path / "run")] == [
-        0,
-        0,
-        0,
-        4,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]
+    resumed = ["--resume", str(run), "--judge-model", "qwen", "--judge-timeout", "60"]
+    assert train.main(resumed) is None
+    assert json.loads((run / "config.json").read_text())["expert"]["judge_timeout"] == 60
+    assert [row["judge/failures"] for row in logged(run)] == [0, 0, 0, 4] + [0] * 6
 
 
 def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
