@@ -16,10 +16,10 @@ a request got no score. Training starts this same program, and `Judge`, at the e
 asks it; to it, the program first says {"ready": …}. Nothing but these lines goes to its output.
 """
 
-import asyncio
 import base64
 import contextlib
 import ctypes
+import functools
 import io
 import json
 import math
@@ -28,17 +28,17 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
+from pydantic import Field
 
 import runs
 from data import DataError, read_image
@@ -80,13 +80,12 @@ BEGIN = "<Assessment><Score>"  # what the assistant's turn begins with in mode l
 DIGITS = "12345"
 SCORE = re.compile(r"<Score>[ \r\n]*([1-5])[ \r\n]*</Score>")
 NO_SCORE = "the answer has no single <Score>X</Score> with X from 1 to 5"
-MAX_LINE = 1 << 26  # bytes of a request: three photographs of some 10 MP
-MAX_REPLY = 1 << 20
-DRAWN = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)  # Qwen's own top_k is 1
-PAUSE = 0.5  # s before a server is asked again
-START_TIMEOUT = (
-    1800.0  # s; a first start downloads 16 GB, a later one has 60 s and thrice the first
-)
+DRAWN = dict(temperature=0.7, top_p=0.9)  # how a second answer is drawn
+PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
+START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB
+
+
+Pixels = Annotated[int, Field(ge=784)]  # of an image: 784 are one token
 
 
 class JudgeError(RuntimeError):
@@ -101,7 +100,7 @@ class Config:
     """Qwen2.5-VL: a folder, or a name on the Hugging Face hub; with --server, its name there"""
     server: str | None = None
     """ask an OpenAI-compatible server, as http://localhost:8000/v1, instead of loading the model"""
-    timeout: float = 60.0
+    timeout: runs.AboveZero = 60.0
     """seconds that a batch sent to a server may take"""
     mode: Literal["logits", "generate"] = "logits"
     """expectation over the score's tokens, or the written answer of Appendix B.2"""
@@ -113,13 +112,13 @@ class Config:
     """of the weights; without it, bf16 on a GPU and fp32 on a CPU"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """as transformers names them"""
-    batch_size: int = 16
+    batch_size: runs.Positive = 16
     """requests scored at once"""
-    min_pixels: int = 256 * 28 * 28
+    min_pixels: Pixels = 256 * 28 * 28
     """smaller images are enlarged to this many pixels; 784 pixels are one token"""
-    max_pixels: int = 1280 * 28 * 28
+    max_pixels: Pixels = 1280 * 28 * 28
     """larger images are reduced to this many pixels"""
-    max_new_tokens: int = 512
+    max_new_tokens: runs.Positive = 512
     """longest written answer"""
     parent: int | None = None
     """process id of the trainer that starts it, which it tells when it is ready and ends with"""
@@ -127,16 +126,14 @@ class Config:
 
 def check(config):
     """Raises RunError for a flag that cannot work."""
-    pixels = dict(min_pixels="[784, inf)", max_pixels="[784, inf)")
-    ones = dict(batch_size="[1, inf)", max_new_tokens="[1, inf)")
-    runs.check_ranges(config, timeout="(0, inf)", **pixels, **ones)
     runs.check_file("--prompt", config.prompt)
     runs.check_device(config.device)
     if config.min_pixels > config.max_pixels:
         raise runs.RunError("--min-pixels is above --max-pixels")
     if config.server and not runs.is_url(config.server):
-        hint = "it begins with http:// or https://"
-        raise runs.RunError(f"--server {config.server} is no address: {hint}")
+        raise runs.RunError(
+            f"--server {config.server} is no address: it begins with http:// or https://"
+        )
 
 
 # ------------------------------------------------------------------------ from an answer to a score
@@ -164,15 +161,13 @@ def parse_score(text):
 def score_from_logprobs(tokens):
     """The expectation at the score's place in an OpenAI-style list of tokens with top_logprobs;
     None without a valid score, or where it is no token of its own."""
-    found = find_score("".join(t["token"] for t in tokens))
-    place = found.start(1) if found else -1
+    found, place = find_score("".join(t["token"] for t in tokens)), 0
     for t in tokens:
-        if place == 0 and len(t["token"]) == 1:
-            tops = [t, *(t.get("top_logprobs") or [])]
-            likely = {top["token"]: top["logprob"] for top in tops}
+        if found and place == found.start(1) and t["token"] == found[1]:
+            likely = {top["token"]: top["logprob"] for top in [t, *(t.get("top_logprobs") or [])]}
             logits = torch.tensor([likely.get(digit, -math.inf) for digit in DIGITS])
             return expected_score(logits).item()
-        place -= len(t["token"])
+        place += len(t["token"])
     return None
 
 
@@ -184,8 +179,9 @@ def score_tokens(tokenizer, chat):
     tokens = [ids[len(before)] for ids in answers]
     same = all(ids[: len(before)] == before for ids in answers)
     if not same or [tokenizer.decode([token]) for token in tokens] != list(DIGITS):
-        hint = "use --mode generate"
-        raise JudgeError(f"the model's tokenizer has no tokens of their own for 1 to 5: {hint}")
+        raise JudgeError(
+            "the model's tokenizer has no tokens of their own for 1 to 5: use --mode generate"
+        )
     return tokens
 
 
@@ -198,69 +194,65 @@ def prompt_parts(path, mode):
         raise JudgeError(f"the judge's prompt {path} cannot be read ({error})") from None
     parts = re.split("<(gt|degraded|restored)>", prompt.replace("<format>", FORMAT[mode]))
     if sorted(parts[1::2]) != sorted(IMAGES):
-        wanted = "must hold each of <gt>, <degraded> and <restored> once"
-        raise JudgeError(f"the judge's prompt {path} {wanted}: there the images stand")
+        raise JudgeError(
+            f"the judge's prompt {path} must hold each of <gt>, <degraded> and <restored> once: "
+            "there the images stand"
+        )
     return parts
+
+
+def reason(error):
+    """An exception, or what caused it, in a line."""
+    cause = error.__cause__ or error
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+
+
+def is_out_of_memory(error):
+    words = ("MemoryError", "out of memory", "can't allocate memory")
+    return any(w in reason(error) for w in words)
 
 
 # -------------------------------------------------------------------------------- the model itself
 
 
-def is_hub_reachable(name):
-    """Asked once, with a short wait: transformers itself retries for minutes. Raises JudgeError if
-    there is no such model."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise JudgeError(f"{constants.ENDPOINT} has no model {name}") from None
-    except Exception:  # no network, no such host, no valid address, …
-        return False
-    return True
-
-
 def load(config):
     """(model, processor) of a local folder or hub name. Raises JudgeError."""
-    name, folder = config.model, Path(config.model).is_dir()
-    if folder and not list(Path(name).glob("*.safetensors")):
-        raise JudgeError(f"the folder {name} holds no weights of a model (*.safetensors)")
-    if not folder and (name[0] in "/.~" or name.count("/") > 1):
-        raise JudgeError(f"there is no folder {name} with a judge's model")
-    local = folder or not is_hub_reachable(name)
-    import transformers  # late: it takes seconds, and what is wrong so far shows before
+    import transformers  # late: it takes seconds
+    from huggingface_hub import HfApi
 
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    name, hub, is_local = config.model, "", Path(config.model).is_dir()
+    if not is_local:
+        try:
+            HfApi().model_info(name, timeout=5)  # transformers itself would retry for minutes
+        except Exception as error:  # no network, no such model, no valid name, …
+            hub, is_local = f" from this machine, nor from the hub ({reason(error)})", True
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype]
     try:
         processor = transformers.AutoProcessor.from_pretrained(
-            name, local_files_only=local, padding_side="left"
+            name, local_files_only=is_local, padding_side="left"
         )
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name,
-            local_files_only=local,
-            dtype=types[config.dtype],
+            local_files_only=is_local,
+            dtype=dtype,
             attn_implementation=config.attention,
             use_safetensors=True,  # the other format is pickle
             output_loading_info=True,
         )
+        model.to(config.device)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        unreachable = ": the hub cannot be reached, and it is not, or not whole, on this machine"
-        hub = unreachable if local and not folder else ""
-        reason = str(error).split("\n")[0][:300]
-        raise JudgeError(f"the judge's model {name} cannot be loaded{hub} ({reason})") from None
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        raise JudgeError(
+            f"the judge's model {name} cannot be loaded on {config.device}{hub}: {reason(error)}"
+        ) from None
+    missing = [*info["missing_keys"], *info["mismatched_keys"]]
     if missing:  # transformers would fill them with random numbers
-        count = f"{len(missing)} tensors are missing or of another shape, as {missing[0]}"
-        raise JudgeError(f"the judge's model {name} is not complete: {count}")
+        raise JudgeError(
+            f"the judge's model {name} is not complete: {len(missing)} tensors are missing or of "
+            f"another shape, as {missing[0]}"
+        )
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     processor.image_processor.size = size
-    return model.eval().requires_grad_(False).to(config.device), processor
+    return model.eval().requires_grad_(False), processor
 
 
 class LocalJudge:
@@ -273,9 +265,8 @@ class LocalJudge:
         self.names = parts[1::2]  # the images' order in the prompt
         content = [dict(type="text", text=text) for text in parts]
         content[1::2] = [dict(type="image")] * len(self.names)
-        message = dict(role="user", content=content)
         self.chat = self.processor.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True
+            [dict(role="user", content=content)], tokenize=False, add_generation_prompt=True
         )
         if config.mode == "logits":
             self.tokens = score_tokens(self.processor.tokenizer, self.chat)
@@ -283,9 +274,9 @@ class LocalJudge:
     def read(self, source):
         """An image source as uint8 (3, H, W). Raises DataError."""
         image = (read_source(source) * 255).round().byte()
-        if max(image.shape[1:]) > 200 * min(image.shape[1:]):
-            size = f"{image.shape[2]}×{image.shape[1]} px"
-            raise DataError(f"an image of {size} is too narrow for the model")
+        height, width = image.shape[1:]
+        if max(height, width) > 200 * min(height, width):
+            raise DataError(f"an image of {width}×{height} px is too narrow for the model")
         return image
 
     def inputs(self, requests, text):
@@ -298,17 +289,20 @@ class LocalJudge:
     @torch.inference_mode()
     def score(self, requests):
         """Replies without their id, one per request {name: image}."""
-        if self.config.mode == "logits":
-            return self.expect(requests)
+        return self.expect(requests) if self.config.mode == "logits" else self.assess(requests)
+
+    def assess(self, requests):
+        """Replies of mode generate. An answer without a score is drawn once more: the likeliest
+        words would be the same again."""
         replies = [dict(score=None)] * len(requests)
         torch.manual_seed(0)
-        for how in (dict(do_sample=False), DRAWN):  # the likeliest words would be the same again
+        drawn = dict(do_sample=True, top_k=0, **DRAWN)  # Qwen's own top_k is 1
+        for sampling in (dict(do_sample=False), drawn):
             rows = [i for i, reply in enumerate(replies) if reply["score"] is None]
-            texts = self.write([requests[i] for i in rows], **how) if rows else []
+            texts = self.write([requests[i] for i in rows], **sampling) if rows else []
             for i, text in zip(rows, texts):
-                score = parse_score(text)
-                replies[i] = dict(score=score, text=text) | ({} if score else dict(error=NO_SCORE))
-        return replies
+                replies[i] = dict(score=parse_score(text), text=text)
+        return [r if r["score"] else dict(r, error=NO_SCORE) for r in replies]
 
     def write(self, requests, **sampling):
         """The answers the model writes."""
@@ -320,24 +314,22 @@ class LocalJudge:
 
     def expect(self, requests):
         """Replies of mode logits. Requests that differ in the restored image alone, a group of
-        rollouts, are read together."""
+        rollouts, are read together; those that are alone, as one batch."""
         groups = defaultdict(list)
         for i, request in enumerate(requests):
-            same = [*(id(request[name]) for name in IMAGES[:2]), request["restored"].shape]
-            groups[tuple(same) if self.names[-1] == "restored" else i].append(i)
-        alone = [rows[0] for rows in groups.values() if len(rows) == 1]
-        replies = [None] * len(requests)
-        for rows in [alone, *(rows for rows in groups.values() if len(rows) > 1)]:
-            if not rows:
-                continue
-            inputs = self.inputs([requests[i] for i in rows], self.chat + BEGIN)
-            if rows is alone:
-                hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
-            else:
-                hidden = self.read_group(inputs)
-            for i, reply in zip(rows, self.read_scores(hidden[:, -1])):
-                replies[i] = reply
-        return replies
+            shared = id(request["gt"]), id(request["degraded"]), request["restored"].shape
+            groups[shared if self.names[-1] == "restored" else i].append(i)
+        hidden = {}  # request: its last hidden state (width,)
+        for rows in groups.values():
+            if len(rows) > 1:
+                inputs = self.inputs([requests[i] for i in rows], self.chat + BEGIN)
+                hidden |= zip(rows, self.read_group(inputs)[:, -1])
+        alone = [i for i in range(len(requests)) if i not in hidden]
+        if alone:
+            inputs = self.inputs([requests[i] for i in alone], self.chat + BEGIN)
+            states = self.model.model(**inputs, use_cache=False).last_hidden_state
+            hidden |= zip(alone, states[:, -1])
+        return self.read_scores(torch.stack([hidden[i] for i in range(len(requests))]))
 
     def read_scores(self, hidden):
         """Replies from the last hidden states (B, width)."""
@@ -378,6 +370,9 @@ class LocalJudge:
         ).last_hidden_state
 
 
+# ----------------------------------------------------------------------------------------- a server
+
+
 class ServerJudge:
     """The same for a model behind an OpenAI-compatible server (vLLM, SGLang, transformers serve).
 
@@ -386,86 +381,72 @@ class ServerJudge:
     """
 
     def __init__(self, config):
+        import openai
+
         self.config, self.parts = config, prompt_parts(config.prompt, config.mode)
         try:
-            served = asyncio.run(self.served())
+            with self.client(timeout=10) as client:
+                served = [str(model.id) for model in client.models.list().data or []]
+        except (openai.APIStatusError, openai.APIResponseValidationError, TypeError):
+            served = []  # it keeps no list
         except Exception as error:  # no address, no valid key, no connection, no time
-            problem = f"no OpenAI-compatible server answers at {config.server}"
-            raise JudgeError(f"{problem} ({describe(error)})") from None
+            raise JudgeError(
+                f"no OpenAI-compatible server answers at {config.server} ({reason(error)})"
+            ) from None
         if config.model not in served:
-            shown = ", ".join(served)[:300] or "nothing"
+            shown = str(served)[:300]
             print(f"note: the server lists {shown}, not {config.model}", file=sys.stderr)
 
-    def client(self):
-        """A client of one batch. It follows no redirect, which would hand the key to another host,
-        and does not try again by itself."""
+    def client(self, timeout):
+        """A client that tries once more what may pass, as a busy server. It follows no redirect,
+        which would hand the key to another host."""
         import openai
 
-        return openai.AsyncOpenAI(
+        return openai.OpenAI(
             base_url=self.config.server,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=0,
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            timeout=timeout,
+            max_retries=1,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
-
-    async def served(self):
-        """Names of the models the server lists; none if it keeps no list."""
-        import openai
-
-        async with self.client() as client, asyncio.timeout(10):
-            try:
-                return [str(model.id) for model in (await client.models.list()).data or []]
-            except (openai.APIStatusError, openai.APIResponseValidationError, TypeError):
-                return []
 
     def read(self, source):
         """An image source as a data URL. Raises DataError for a path to no image."""
-        is_data = isinstance(source, str) and source.startswith("data:")
-        return source if is_data else data_url((read_source(source) * 255).round().byte())
+        if source.startswith("data:"):
+            return source
+        return data_url((read_source(source) * 255).round().byte())
 
     def score(self, requests):
-        """Replies without their id, one per request {name: data URL}, within the time-out."""
-        return asyncio.run(self.score_all(requests))
+        """Replies without their id, one per request {name: data URL}, within the time-out, however
+        slowly an answer drips."""
+        threads = ThreadPoolExecutor(len(requests))
+        with self.client(self.config.timeout) as client:
+            pending = [threads.submit(self.score_one, client, request) for request in requests]
+            done, _ = futures.wait(pending, self.config.timeout)
+        threads.shutdown(wait=False)  # the closed client ends what is under way
+        late = dict(score=None, error="the server did not answer in time")
+        return [future.result() if future in done else late for future in pending]
 
-    async def score_all(self, requests):
-        async with self.client() as client:
-            return await asyncio.gather(*(self.score_one(client, r) for r in requests))
-
-    async def score_one(self, client, request):
-        """What may pass, as a broken connection, a busy server or an answer without a score, is
-        tried once more, all within the time-out, however slowly an answer drips."""
-        body = self.body(request)
-        try:
-            async with asyncio.timeout(self.config.timeout):
-                try:
-                    return await self.ask(client, body)
-                except JudgeError as error:
-                    await asyncio.sleep(PAUSE)
-                    body |= dict(temperature=DRAWN["temperature"], top_p=DRAWN["top_p"])
-                    if "answered 400" in str(error):  # perhaps it gives no log-probabilities
-                        body = {k: v for k, v in body.items() if "logprobs" not in k}
-                    return await self.ask(client, body)
-        except JudgeError as error:
-            return dict(score=None, error=str(error))
-        except TimeoutError:
-            return dict(score=None, error="the server did not answer in time")
-
-    async def ask(self, client, body):
-        """The reply to one request. Raises JudgeError."""
+    def score_one(self, client, request):
+        """The reply to one request {name: data URL}. An answer without a score is drawn once more;
+        a server that refuses is asked without log-probabilities, which it may not give."""
         import openai
 
-        try:
-            answer = await client.chat.completions.create(**body)
-            return read_completion(answer, self.config.mode)
-        except openai.APIStatusError as error:
-            said = f"{error.status_code}: {error.response.text[:300]!r}"
-            raise JudgeError(f"the server answered {said}") from None
-        except openai.APITimeoutError:
-            raise TimeoutError from None
-        except openai.OpenAIError as error:
-            raise JudgeError(f"the connection failed: {describe(error)}") from None
-        except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
-            raise JudgeError("the server's answer is no chat completion") from None
+        body = self.body(request)
+        for sampling in (dict(temperature=0.0), DRAWN):
+            try:
+                answer = client.chat.completions.create(**body, **sampling)
+                return read_completion(answer, self.config.mode)
+            except openai.BadRequestError as error:
+                problem = reason(error)
+                body = {k: v for k, v in body.items() if "logprobs" not in k}
+            except openai.OpenAIError as error:
+                return dict(score=None, error=f"the server failed: {reason(error)}")
+            except JudgeError as error:
+                problem = str(error)
+            except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
+                problem = "the server's answer is no chat completion"
+        return dict(score=None, error=problem)
 
     def body(self, request):
         """The request in the words of the protocol; request: {name: data URL}."""
@@ -473,16 +454,10 @@ class ServerJudge:
         urls = [request[name] for name in self.parts[1::2]]
         content[1::2] = [dict(type="image_url", image_url=dict(url=url)) for url in urls]
         message = dict(role="user", content=[part for part in content if part.get("text") != ""])
-        body = dict(model=self.config.model, messages=[message], temperature=0.0)
+        body = dict(model=self.config.model, messages=[message])
         if self.config.mode == "logits":
             return body | dict(max_tokens=32, logprobs=True, top_logprobs=20)
         return body | dict(max_tokens=self.config.max_new_tokens)
-
-
-def describe(error):
-    """An exception and what caused it, in a line."""
-    cause = error.__cause__ or error
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
 
 
 def read_completion(answer, mode):
@@ -509,32 +484,22 @@ def data_url(image):
 
 def read_source(source):
     """The image (3, H, W) in [0, 1] at a path or in a data URL. Raises DataError."""
-    if not isinstance(source, str):
-        raise DataError("an image must be a path or a data URL")
     if not source.startswith("data:"):
         return read_image(source)
     try:
         coded = source.partition(";base64,")[2]
         return read_image(io.BytesIO(base64.b64decode(coded, validate=True)))
     except ValueError:  # of base64, or DataError, which would not name the image
-        shown = f"the data URL {source[:40]}…"
-        raise DataError(f"{shown} does not hold an image in base64") from None
+        raise DataError(f"the data URL {source[:40]}… does not hold an image in base64") from None
 
 
 def read_batches(file, size):
-    """Lists of at most `size` (line number, bytes); an empty line ends a list. Of a line over
-    MAX_LINE nothing is kept: None."""
-    batch, number = [], 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
-                pass
-            line = None
-        empty = line is not None and not line.strip()
-        if not empty:
+    """Lists of at most `size` (line number, line); an empty line ends a list."""
+    batch = []
+    for number, line in enumerate(file, 1):
+        if line.strip():
             batch.append((number, line))
-        if batch and (empty or len(batch) == size):
+        if batch and (not line.strip() or len(batch) == size):
             yield batch
             batch = []
     if batch:
@@ -543,8 +508,6 @@ def read_batches(file, size):
 
 def read_request(line):
     """A request, a dict. Raises JudgeError."""
-    if line is None:
-        raise JudgeError(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:
         request = json.loads(line)
     except (ValueError, RecursionError):
@@ -557,19 +520,17 @@ def read_request(line):
 def score_lines(judge, lines):
     """One reply per (line number, line), in order; the requests among them are scored as one batch,
     and an image that several of them name is read once."""
-    replies, valid, requests, read = [], [], [], {}
+    replies, valid, requests = [], [], []
+    read = functools.cache(judge.read)
     for number, line in lines:
         reply = dict(id=None, score=None)
         replies.append(reply)
         try:
             request = read_request(line)
             reply["id"] = request["id"]
-            sources = {name: request[name] for name in IMAGES}
-            for source in sources.values():
-                if not isinstance(source, str) or source not in read:
-                    image = judge.read(source)
-                    read[source] = image
-            requests.append({name: read[source] for name, source in sources.items()})
+            if not all(isinstance(request[name], str) for name in IMAGES):
+                raise JudgeError("an image must be a path or a data URL")
+            requests.append({name: read(request[name]) for name in IMAGES})
             valid.append(reply)
         except (JudgeError, DataError) as error:
             reply["error"] = f"line {number}: {error}"
@@ -579,20 +540,14 @@ def score_lines(judge, lines):
         if not is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()
-        words = "out of memory: smaller batches or images need less"
-        answers = [dict(score=None, error=words)] * len(valid)
+        problem = "out of memory: smaller batches or images need less"
+        answers = [dict(score=None, error=problem)] * len(valid)
     for reply, answer in zip(valid, answers):
         if answer["score"] is not None and not 1 <= answer["score"] <= 5:  # not a number, for one
-            words = f"the model's score is {answer['score']}; another --dtype may help"
-            answer = dict(score=None, error=words)
+            problem = f"the model's score is {answer['score']}; another --dtype may help"
+            answer = dict(score=None, error=problem)
         reply |= answer
     return replies
-
-
-def is_out_of_memory(error):
-    words = ("can't allocate memory", "out of memory")
-    of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return of_memory or any(word in str(error) for word in words)
 
 
 def end_with(parent):
@@ -610,35 +565,21 @@ def score_all(argv):
     config = runs.flags(Config, "judge.py", __doc__, argv)
     check(config)
     config.dtype = config.dtype or ("bf16" if runs.on_gpu(config.device) else "fp32")
-    replies = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
     if config.parent:
         end_with(config.parent)
-    try:
-        judge = ServerJudge(config) if config.server else LocalJudge(config)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        hint = "use a smaller model or another --device"
-        what = f"{config.model} in {config.dtype}"
-        raise JudgeError(f"{config.device} has not the memory for {what}: {hint}") from None
+    judge = ServerJudge(config) if config.server else LocalJudge(config)
     if config.parent:
-        print(json.dumps(dict(ready=config.model)), file=replies, flush=True)
-    scored = failed = seconds = 0
+        print(json.dumps(dict(ready=config.model)), file=output, flush=True)
+    scored = failed = 0
     for lines in read_batches(sys.stdin.buffer, config.batch_size):
-        start = time.perf_counter()
         for reply in score_lines(judge, lines):
-            print(json.dumps(reply), file=replies)
+            print(json.dumps(reply), file=output)
             scored += reply["score"] is not None
             failed += reply["score"] is None
-        replies.flush()
-        seconds += time.perf_counter() - start
-    if scored + failed:
-        gpu = runs.on_gpu(config.device)
-        peak = torch.cuda.max_memory_allocated(config.device) / 2**30 if gpu else 0
-        memory = f", peak {peak:.1f} GiB" if gpu else ""
-        each = f"{seconds / (scored + failed):.3f} s each{memory}"
-        print(f"{scored} scored, {failed} not; {each}", file=sys.stderr)
+        output.flush()
+    print(f"{scored} scored, {failed} not", file=sys.stderr)
     return int(failed > 0)
 
 
@@ -653,6 +594,13 @@ class Judge:
     """What training asks: a judge.py of its own, which works beside the trainer and is started
     again when it failed.
 
+        judge = Judge(command, log)
+        judge.start(degraded, gt, group_size)
+        pending = judge.ask(degraded, restored, gt)  # returns at once
+        …                                            # what else there is to compute
+        scores = judge.result(pending)               # (B, G)
+        judge.close()
+
     command: what starts it; log: the file for what it says besides replies; timeout: s for a batch;
     patience: how many batches in a row may pass without a single whole group; check: called while
     it is waited for, raises what should end the waiting.
@@ -663,78 +611,75 @@ class Judge:
 
     def __init__(self, command, log, timeout=60.0, patience=5, check=lambda: None):
         self.command, self.log, self.check = command, Path(log), check
-        self.timeout, self.patience = timeout, patience
+        self.timeout, self.start_timeout, self.patience = timeout, START_TIMEOUT, patience
         self.process, self.problem, self.metrics = None, None, {}
-        self.starts = self.asked = self.failed_in_a_row = 0
-        self.start_timeout = START_TIMEOUT
+        self.starts = self.failed_in_a_row = 0
+        self.ids = range(0)  # of the batch that was asked last
+        self.threads = ThreadPoolExecutor(2)  # one sends, one reads
 
     def start(self, degraded, gt, group_size):
         """Starts it and has it score a first batch: what cannot work should fail before the
         training. Raises JudgeError."""
         self.launch()
-        wait = self.ask(degraded, degraded[:, None].expand(-1, group_size, -1, -1, -1), gt)
+        pending = self.ask(degraded, degraded[:, None].expand(-1, group_size, -1, -1, -1), gt)
         with contextlib.suppress(JudgeError):  # patience 1 ends at once
-            wait()
+            self.result(pending)
         if self.failed_in_a_row:
             self.close()
-            problem = f"the judge could not score a first batch: {self.problem}"
-            raise JudgeError(f"{problem}; its log is {self.log}")
+            raise JudgeError(
+                f"the judge could not score a first batch: {self.problem}; its log is {self.log}"
+            )
 
     def ask(self, degraded, restored, gt):
         """Sends one batch: degraded, gt (B, 3, H, W) and restored (B, G, 3, H, W) in [0, 1].
 
-        Returns a function that waits for the scores: (B, G), 1 to 5, NaN where there is none. It
-        raises JudgeError when patience ends. Returns at once, unless the judge has to be started
-        again.
+        Returns a future for `result`, at once, unless the judge has to be started again. The next
+        batch may be asked after that.
         """
-        self.problem, wait, replies, answered = None, None, {}, []
-        shape = restored.shape[:2]
-        first, self.asked = self.asked, self.asked + shape.numel()
-        ids = range(first, self.asked)
-        images = [as_bytes(t) for t in (gt, degraded, restored)]
-
-        def exchange(process):
-            self.talk(process, make_requests(ids, *images), replies)
-            answered.append(time.perf_counter())
-
-        begun = time.perf_counter()
+        self.problem, self.shape, self.device = None, restored.shape[:2], restored.device
+        self.ids = range(self.ids.stop, self.ids.stop + self.shape.numel())
+        self.asked = time.perf_counter()
         try:
-            # not in the background: the kernel ties a process to the thread that started it
+            # not in a thread: the kernel ties a process to the thread that started it
             self.launch()
-            wait = in_background(exchange, self.process)
+            images = dict(gt=as_bytes(gt), degraded=as_bytes(degraded), restored=as_bytes(restored))
+            pending = self.threads.submit(self.exchange, self.process, self.ids, images)
+        except JudgeError as error:
+            pending = futures.Future()
+            pending.set_exception(error)
+        self.sent = time.perf_counter()
+        return pending
+
+    def result(self, pending):
+        """Waits for the scores of what was asked last: (B, G), 1 to 5, NaN where there is none.
+        Raises JudgeError when patience ends."""
+        if self.device.type == "cuda":
+            # the other rewards are under way: what they take is not waiting
+            torch.cuda.synchronize(self.device)
+        waiting, replies, answered = time.perf_counter(), {}, None
+        try:
+            late = f"it did not answer within {self.timeout:g} s"
+            replies, answered = self.wait(pending, self.sent + self.timeout - waiting, late)
         except JudgeError as error:
             self.problem = error
-        sent = time.perf_counter()
-
-        def scores():
-            if restored.is_cuda:
-                # the other rewards are under way: what they take is not waiting
-                torch.cuda.synchronize(restored.device)
-            waiting = time.perf_counter()
-            try:
-                if wait:
-                    late = f"it did not answer within {self.timeout:g} s"
-                    wait(sent + self.timeout - waiting, late, self.check)
-            except JudgeError as error:
-                self.problem = error
-                self.close()  # the next batch starts it again
-            values = torch.tensor([self.score_in(replies.get(i, {})) for i in ids]).view(shape)
-            now = time.perf_counter()
-            self.metrics = {
-                "judge/latency": (answered or [now])[0] - sent,
-                "judge/wait": now - waiting + sent - begun,
-                "judge/failures": int(values.isnan().sum()),
-                "judge/starts": self.starts,
-            }
-            any_group = values.isfinite().all(dim=1).any()
-            self.failed_in_a_row = 0 if any_group else self.failed_in_a_row + 1
-            if self.failed_in_a_row >= self.patience:
-                times = f"the judge failed {self.patience} times in a row"
-                last = f"the last time: {self.problem}; its log is {self.log}"
-                raise JudgeError(f"{times}, {last}")
-            return values.to(restored.device)
-
-        return scores
+            self.close()  # the next batch starts it again
+        scores = torch.tensor([self.score_in(replies.get(i, {})) for i in self.ids])
+        scores = scores.view(self.shape)
+        now = time.perf_counter()
+        self.metrics = {
+            "judge/latency": (answered or now) - self.sent,
+            "judge/wait": now - waiting + self.sent - self.asked,
+            "judge/failures": int(scores.isnan().sum()),
+            "judge/starts": self.starts,
+        }
+        any_group = scores.isfinite().all(dim=1).any()
+        self.failed_in_a_row = 0 if any_group else self.failed_in_a_row + 1
+        if self.failed_in_a_row >= self.patience:
+            raise JudgeError(
+                f"the judge failed {self.patience} times in a row, the last time: {self.problem}; "
+                f"its log is {self.log}"
+            )
+        return scores.to(self.device)
 
     def score_in(self, reply):
         """The score in a reply, NaN if it has none that a judge can give."""
@@ -745,72 +690,77 @@ class Judge:
         self.problem = self.problem or reply.get("error") or said
         return math.nan
 
+    def wait(self, future, seconds, late):
+        """The result of a future. Raises what `check` raises, or JudgeError(late) if it is not
+        there within so many seconds."""
+        end = time.monotonic() + seconds
+        while not future.done():
+            self.check()
+            if time.monotonic() > end:
+                raise JudgeError(late)
+            futures.wait([future], timeout=0.1)
+        return future.result()
+
     def launch(self):
         """Starts it unless it runs, and returns when its model is loaded. Raises JudgeError with
         its last words."""
         if self.process and self.process.poll() is None:
             return
-        pipe, begun, self.starts = subprocess.PIPE, time.perf_counter(), self.starts + 1
+        begun, self.starts = time.perf_counter(), self.starts + 1
         try:
-            self.log_start = self.log.stat().st_size if self.log.exists() else 0
             with open(self.log, "ab") as log:
+                self.log_start = log.tell()
                 self.process = subprocess.Popen(
-                    self.command, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True
+                    self.command, stderr=log, start_new_session=True, **PIPES
                 )
-            wait = in_background(self.read_until, self.process, lambda reply: "ready" in reply)
+            is_ready = (reply for reply in self.replies(self.process) if "ready" in reply)
+            ready = self.threads.submit(next, is_ready)
             late = f"it was not ready within {self.start_timeout:.0f} s"
-            wait(self.start_timeout, late, self.check)
+            self.wait(ready, self.start_timeout, late)
         except (JudgeError, OSError) as error:
             self.close()
-            problem = f"the judge could not start: {error}"
-            raise JudgeError(f"{problem}; its log is {self.log}") from None
-        if self.starts == 1:
+            raise JudgeError(f"the judge could not start: {error}; its log is {self.log}") from None
+        if self.starts == 1:  # nothing has to be downloaded again
             self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
 
-    def talk(self, process, requests, replies):
-        """Sends requests as one batch and fills replies, {id: reply}. Raises JudgeError."""
-        wanted = {request["id"] for request in requests}
-        lines = "".join([json.dumps(request) + "\n" for request in requests] + ["\n"])
-
-        def send():
-            with contextlib.suppress(OSError):  # if it has ended, reading says why
-                process.stdin.write(lines.encode())
-                process.stdin.flush()
-
-        def last(reply):
-            if type(reply.get("id")) is int and reply["id"] in wanted:
+    def exchange(self, process, ids, images):
+        """Sends requests with these ids for uint8 images, gt and degraded (B, 3, H, W), restored
+        (B, G, 3, H, W), as one batch. Returns {id: reply} and when the last came. Raises
+        JudgeError."""
+        requests, numbers = [], iter(ids)
+        for gt, degraded, group in zip(images["gt"], images["degraded"], images["restored"]):
+            known = dict(gt=data_url(gt), degraded=data_url(degraded))
+            requests += [dict(id=next(numbers), **known, restored=data_url(y)) for y in group]
+        lines = "".join(json.dumps(request) + "\n" for request in requests)
+        # it may reply before it has read all, and a pipe holds little
+        self.threads.submit(print, lines, file=process.stdin, flush=True)
+        replies = {}
+        for reply in self.replies(process):
+            if type(reply.get("id")) is int and reply["id"] in ids:
                 replies[reply["id"]] = reply
-            return wanted <= replies.keys()
+            if len(replies) == len(ids):
+                return replies, time.perf_counter()
 
-        in_background(send)  # it may reply before it has read all, and a pipe holds little
-        self.read_until(process, last)
-
-    def read_until(self, process, last):
-        """Reads JSON objects from its output until one is the `last`; other lines are noise. Raises
-        JudgeError at its end."""
-        while line := process.stdout.readline(MAX_REPLY):
+    def replies(self, process):
+        """Yields the JSON objects it writes; other lines are noise. Raises JudgeError at the end of
+        its output."""
+        for line in process.stdout:
             try:
                 reply = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(reply, dict) and last(reply):
-                return
-        code, said = process.wait(), self.last_words() or "without a word"
-        if code == 2:
-            raise JudgeError(said.removeprefix("judge.py: "))
-        if code >= 0:
-            raise JudgeError(f"{said} (exit code {code})")
-        why = ", as the kernel does when memory runs out" if code == -signal.SIGKILL else ""
-        raise JudgeError(f"signal {-code} ended it{why}")
+            if isinstance(reply, dict):
+                yield reply
+        code = process.wait()
+        if code < 0:
+            raise JudgeError(f"signal {-code} ended it (9: as the kernel does for want of memory)")
+        raise JudgeError(f"{self.last_words()} (exit code {code})")
 
     def last_words(self):
-        """The last line that it wrote into its log."""
-        with contextlib.suppress(OSError), open(self.log, "rb") as log:
-            log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 4096))
-            lines = log.read().decode(errors="replace").split("\n")
-            # a frame around a message is no word
-            said = (line.strip()[-400:] for line in reversed(lines) if re.search(r"\w", line))
-            return next(said, "")
+        """The last line with a word in it that it wrote into its log."""
+        text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
+        return lines[-1][-400:] if lines else "it ended without a word"
 
     def close(self):
         """Ends it at once: there is nothing to save."""
@@ -824,42 +774,6 @@ class Judge:
 def as_bytes(images):
     """Images in [0, 1] as uint8 on the CPU."""
     return (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
-
-
-def make_requests(ids, gt, degraded, restored):
-    """Requests with these ids for uint8 images (B, 3, H, W) and rollouts (B, G, 3, H, W)."""
-    requests, numbers = [], iter(ids)
-    for truth, image, group in zip(gt, degraded, restored):
-        known = dict(gt=data_url(truth), degraded=data_url(image))
-        requests += [dict(id=next(numbers), **known, restored=data_url(y)) for y in group]
-    return requests
-
-
-def in_background(function, *args):
-    """Starts function(*args) in a thread that keeps no program from ending. Returns wait(seconds,
-    problem, check), which calls check now and then and raises what it raised, what the function
-    raised, or JudgeError(problem) if it is not done by then."""
-    errors = []
-
-    def run():
-        try:
-            function(*args)
-        except Exception as error:
-            errors.append(error)
-
-    def wait(seconds, problem, check=lambda: None):
-        end = time.monotonic() + seconds
-        while thread.is_alive():
-            check()
-            if (left := end - time.monotonic()) <= 0:
-                raise JudgeError(problem)
-            thread.join(min(left, 0.2))
-        if errors:
-            raise errors[0]
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return wait
 
 
 if __name__ == "__main__":

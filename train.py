@@ -319,19 +319,17 @@ def make_judge(config, stop):
     expert = config.expert
     if expert.judge == "none":
         return contextlib.nullcontext()
-    size = str(config.training.batch_size * config.policy.group_size)
-    command = [sys.executable, str(JUDGE), "--parent", str(os.getpid())]
-    command += ["--mode", expert.judge_mode, "--batch-size", size]
-    if expert.judge_prompt:
-        command += ["--prompt", expert.judge_prompt]
+    batch = config.training.batch_size * config.policy.group_size
+    command = [sys.executable, str(JUDGE), f"--parent={os.getpid()}", f"--batch-size={batch}"]
+    command += [f"--mode={expert.judge_mode}", f"--model={expert.judge_model or expert.judge}"]
     if runs.is_url(expert.judge):
         # a little less time than we wait for it, so that it can say which request failed
-        seconds = str(0.9 * expert.judge_timeout)
-        command += ["--server", expert.judge, "--model", expert.judge_model]
-        command += ["--timeout", seconds, "--device", "cpu"]
+        timeout = 0.9 * expert.judge_timeout
+        command += [f"--server={expert.judge}", f"--timeout={timeout}", "--device=cpu"]
     else:
-        device = expert.judge_device or judge_device(config.device)
-        command += ["--model", expert.judge, "--device", device]
+        command.append(f"--device={expert.judge_device or judge_device(config.device)}")
+    if expert.judge_prompt:
+        command.append(f"--prompt={expert.judge_prompt}")
     command += shlex.split(expert.judge_args)
     name = f"judge-{runs.rank()}.log" if runs.rank() else "judge.log"
     log = Path(config.resume or config.out) / name
@@ -346,23 +344,24 @@ def judge_device(device):
         return "cpu"
     world, taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device(device).index or 0
     wanted = 0 if world == 1 and taken else world + runs.local_rank()
-    there = torch.cuda.device_count()
-    if wanted >= there:
+    if wanted >= torch.cuda.device_count():
         raise runs.RunError(
-            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has {there}: name "
-            f"one with --judge-device ({device} would be shared with the training), "
-            "or a server with --judge"
+            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has "
+            f"{torch.cuda.device_count()}: name one with --judge-device ({device} would be shared "
+            "with the training), or a server with --judge"
         )
     return f"cuda:{wanted}"
 
 
 def start_judge(judge, sample, config):
-    """Starts it, and has it score a batch of a step's size: what it cannot do shows before anything
-    is computed."""
-    side, n = config.samples.crop, config.training.batch_size
-    images = [F.interpolate(t[None], (side, side)) for t in evaluation_pair(sample)]
-    degraded, gt = (t.repeat(n, 1, 1, 1) for t in images)
+    """Has it score a batch of a step's size: what it cannot do shows before anything is
+    computed."""
     runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
+    n, side = config.training.batch_size, config.samples.crop
+    degraded, gt = (
+        F.interpolate(image[None], (side, side)).repeat(n, 1, 1, 1)
+        for image in evaluation_pair(sample)
+    )
     judge.start(degraded, gt, config.policy.group_size)
 
 

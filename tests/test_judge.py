@@ -2,6 +2,7 @@
 training with a judge."""
 
 import base64
+import contextlib
 import dataclasses
 import http.server
 import io
@@ -17,15 +18,18 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import scipy.special
 import tiny_judge
 import torch
-from conftest import ROOT, fails, logged
+from conftest import ROOT, fails, logged, write
 from PIL import Image
-from test_runs import finish, start
+from safetensors.torch import load_file, save_file
+from test_runs import finish, start, until
 
 import judge as judges
 import rewards
@@ -55,15 +59,12 @@ def seeing(tmp_path_factory):
 
 
 def picture(seed, height=64, width=64):
-    return torch.from_numpy(
-        np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8)
-    )
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
 
 
 def trio(seed, *size):
-    return {
-        name: picture(3 * seed + i, *size) for i, name in enumerate(("gt", "degraded", "restored"))
-    }
+    return {name: picture(3 * seed + i, *size) for i, name in enumerate(judges.IMAGES)}
 
 
 def group_of(seed, restored):
@@ -174,9 +175,8 @@ def test_score_from_a_servers_logprobs():
 def test_the_prompt_asks_what_the_paper_asks(tmp_path):
     parts = judges.prompt_parts(None, "generate")
     assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
-    assert [
-        label in part for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2])
-    ] == [True] * 3
+    labels = zip(("Ground truth", "Degraded", "Restored"), parts[::2])
+    assert [label in part for label, part in labels] == [True] * 3
     text = "".join(parts[::2])
     words = "noise rain haze blur light contrast exposure artifacts <Score>X</Score>"
     assert all(word in text for word in words.split())
@@ -258,20 +258,14 @@ def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
 
 def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
     judge = local(tiny, min_pixels=judges.Config.min_pixels)
-    sides = (
-        judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)["image_grid_thw"].prod(
-            dim=1
-        )
-        / 4
-    )
-    assert sides[:3].tolist() == [256] * 3  # tokens; without min_pixels 25
+    inputs = judge.inputs([trio(0, 128, 128), trio(0, 1500, 2000)], judge.chat)
+    sides = inputs["image_grid_thw"].prod(dim=1) / 4  # tokens; without min_pixels 25
+    assert sides[:3].tolist() == [256] * 3
     assert all(1000 < s <= 1280 for s in sides[3:].tolist())
 
 
 def test_incomplete_weights_are_refused(tiny, tmp_path):
     """transformers itself would fill the missing tensor with random numbers."""
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(tiny, tmp_path / "judge")
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
@@ -281,22 +275,35 @@ def test_incomplete_weights_are_refused(tiny, tmp_path):
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(judges.JudgeError, match="cannot be loaded"):
         local(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        judges.JudgeError, match="cannot be loaded on cpu: .*no file named model.safet"
+    ):
+        local(folder)
 
 
 def test_a_model_that_is_nowhere(monkeypatch):
-    """Within seconds: transformers would try to reach the hub for minutes."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    """Within seconds, even of a hub that accepts and says nothing: transformers alone would try for
+    minutes."""
+    asked, probe = [], huggingface_hub.HfApi.model_info
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info",
+        lambda api, name, timeout: asked.append(timeout) or probe(api, name, timeout=0.2),
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    begun = time.perf_counter()
-    with pytest.raises(
-        judges.JudgeError, match="no-such/model cannot be loaded: the hub cannot be reached"
-    ):
-        local("no-such/model")
-    with pytest.raises(judges.JudgeError, match="my model cannot be loaded"):
-        local("my model")
-    with pytest.raises(judges.JudgeError, match="there is no folder /no/such/folder"):
-        local("/no/such/folder")
-    assert time.perf_counter() - begun < 10
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for hub, name, words in (
+            ("http://127.0.0.1:9", "no-such/model", "ConnectError"),
+            (silent, "no-such/model", "ReadTimeout"),
+            (silent, "my model", "HFValidationError"),
+            (silent, "/no/such/folder", "HFValidationError"),
+        ):
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+            wanted = f"model {name} cannot be loaded on cpu from this machine, nor from the hub"
+            with pytest.raises(judges.JudgeError, match=f"{wanted} .{words}"):
+                local(name)
+    assert all(seconds <= 5 for seconds in asked)
 
 
 def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
@@ -312,58 +319,51 @@ def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
         ),
     )
     replies = judge.score([trio(0), trio(1)])
-    assert [reply["score"] for reply in replies] == [None, None] and "no single <Score>" in replies[
-        0
-    ]["error"]
-    assert [n for n, _ in tries] == [2, 2] and [s["do_sample"] for _, s in tries] == [False, True]
+    assert [reply["score"] for reply in replies] == [None, None]
+    assert "no single <Score>" in replies[0]["error"]
+    (first, likeliest), (second, drawn) = tries
+    assert first == second == 2 and not likeliest["do_sample"] and drawn["do_sample"]
     judge.config.max_new_tokens, requests = 20, [trio(0)] * 12
-    assert (
-        len(set(write(requests, do_sample=False))) == 1 < len(set(write(requests, **judges.DRAWN)))
-    )
+    assert len(set(write(requests, **likeliest))) == 1 < len(set(write(requests, **drawn)))
 
 
 # ---------------------------------------------------------------------------- the program by itself
 
 
-def run_judge(requests, *flags):
-    command = [sys.executable, "judge.py", "--device", "cpu", *map(str, flags)]
-    done = subprocess.run(
-        command, input=requests, capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    return done, [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@pytest.mark.parametrize("mode", ["logits", "generate"])
-def test_the_program_scores_json_lines(tiny, tmp_path, mode):
-    """Paths and base64, batches of 4, a hole in the middle, noise-free output."""
+def lines_of(tmp_path):
+    """Six requests, of paths and of base64 in turn; the fourth names a file that is not there."""
     files = {}
     for name, image in trio(0).items():
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
-        files[name] = str(tmp_path / f"{name}.png")
-    urls = {name: judges.data_url(image) for name, image in trio(1).items()}
-    lines = [dict(id=i, **(files if i % 2 else urls)) for i in range(6)]
+        files[name] = str(write(tmp_path / f"{name}.png", image.permute(1, 2, 0).numpy()))
+    lines = [dict(id=i, **(files if i % 2 else urls(1))) for i in range(6)]
     lines[3]["restored"] = str(tmp_path / "no.png")
-    text = "\n".join(map(json.dumps, lines)) + "\nno JSON\n" + '{"id": 7}\n'
-    done, replies = run_judge(text, "--model", tiny, "--mode", mode, "--batch-size", 4, *SMALL)
+    return [json.dumps(line) for line in lines]
+
+
+def test_the_program_scores_json_lines(tiny, tmp_path):
+    """Batches of 4, a hole in the middle, noise-free output."""
+    text = "\n".join([*lines_of(tmp_path), "no JSON", '{"id": 7}\n'])
+    command = [sys.executable, ROOT / "judge.py", "--device", "cpu", "--model", tiny]
+    command += ["--batch-size", "4", *SMALL]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["id"] for r in replies] == [0, 1, 2, 3, 4, 5, None, None] and done.returncode == 1
-    scored = [r for r in replies if r["score"] is not None]
-    assert len(scored) == 5 and "5 scored, 3 not" in done.stderr
+    assert "5 scored, 3 not" in done.stderr
     errors = [r["error"] for r in replies if r["score"] is None]
-    assert (
-        "line 4: there is no image" in errors[0]
-        and "line 7: the line is not JSON" in errors[1]
-        and "line 8" in errors[2]
-    )
-    for reply in scored:
-        if mode == "logits":
-            assert reply["score"] == pytest.approx(EXPECTED, abs=1e-4)
-            np.testing.assert_allclose(
-                reply["p"], tiny_judge.P, atol=2e-3
-            )  # a little is left for other tokens
-        else:
-            assert (
-                reply["score"] == 4 and reply["text"] == "<Assessment><Score>4</Score></Assessment>"
-            )
+    words = "line 4: there is no image", "line 7: the line is not JSON", "line 8"
+    assert [word in error for word, error in zip(words, errors, strict=True)] == [True] * 3
+    for reply in replies[:3] + replies[4:6]:
+        assert reply["score"] == pytest.approx(EXPECTED, abs=1e-4)
+        np.testing.assert_allclose(reply["p"], tiny_judge.P, atol=2e-3)  # a little is for others
+
+
+def test_written_answers_of_json_lines(tiny, tmp_path):
+    judge = local(tiny, mode="generate")
+    replies = judges.score_lines(judge, list(enumerate(lines_of(tmp_path), 1)))
+    missing = replies.pop(3)
+    assert missing["score"] is None and "line 4: there is no image" in missing["error"]
+    text = "<Assessment><Score>4</Score></Assessment>"
+    assert replies == [dict(id=i, score=4, text=text) for i in (0, 1, 2, 4, 5)]
 
 
 def test_an_image_too_narrow_for_the_model(tmp_path):
@@ -387,20 +387,24 @@ def test_a_number_that_is_no_score_is_an_error():
     assert reply["score"] is None and "--dtype" in reply["error"]
 
 
-def test_batches_end_at_empty_lines_and_lines_are_bounded(monkeypatch):
-    monkeypatch.setattr(judges, "MAX_LINE", 10)
-    text = b"a\nb\n\n\nc\n" + b"x" * 25 + b"\nd\ne\nf"
-    batches = list(judges.read_batches(io.BytesIO(text), 3))
-    assert batches == [
+def test_batches_end_at_empty_lines():
+    text = io.BytesIO(b"a\nb\n\n\nc\nd\ne\nf")
+    assert list(judges.read_batches(text, 3)) == [
         [(1, b"a\n"), (2, b"b\n")],
-        [(5, b"c\n"), (6, None), (7, b"d\n")],
-        [(8, b"e\n"), (9, b"f")],
+        [(5, b"c\n"), (6, b"d\n"), (7, b"e\n")],
+        [(8, b"f")],
     ]
-    assert "longer than" in judges.score_lines(None, [(6, None)])[0]["error"]
 
 
 @pytest.mark.parametrize(
-    "image", [5, "data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:text/plain,hello"]
+    "image",
+    [
+        5,
+        ["a.png"],
+        "data:image/png;base64,AAAA",
+        "data:image/png;base64,%%",
+        "data:text/plain,hello",
+    ],
 )
 def test_what_is_no_image_is_an_error_of_its_line(image):
     line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
@@ -408,7 +412,7 @@ def test_what_is_no_image_is_an_error_of_its_line(image):
     (reply,) = judges.score_lines(judge, [(2, line)])
     words = (
         "an image must be a path or a data URL"
-        if image == 5
+        if not isinstance(image, str)
         else f"the data URL {image}… does not hold an image in base64"
     )
     assert reply == dict(id="a", score=None, error=f"line 2: {words}")
@@ -418,57 +422,41 @@ def test_what_is_no_image_is_an_error_of_its_line(image):
 
 
 def command(*flags):
-    return [
-        sys.executable,
-        str(ROOT / "judge.py"),
-        "--device",
-        "cpu",
-        "--parent",
-        str(os.getpid()),
-        *map(str, flags),
-    ]
+    program = [sys.executable, str(ROOT / "judge.py")]
+    return [*program, "--device", "cpu", "--parent", str(os.getpid()), *map(str, flags)]
 
 
-def ask(judge, b=1, g=2, size=32):
+def asked(judge, b=1, g=2, size=32):
+    """What it is asked: b groups of g random images."""
     degraded, gt = torch.rand(2, b, 3, size, size)
     return judge.ask(degraded, torch.rand(b, g, 3, size, size), gt)
 
 
-def gone(pid, seconds=10):
-    """Whether a process that is no child of ours ends within some seconds."""
-    end = time.time() + seconds
-    while time.time() < end:
-        try:
-            if open(f"/proc/{pid}/stat").read().split(") ")[1][0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.05)
-    return False
+def scores_of(judge, **size):
+    return judge.result(asked(judge, **size))
+
+
+def is_gone(pid):
+    """Whether a process that is no child of ours has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_the_real_judge_scores_batches_and_is_not_waited_for_when_it_hangs(tiny, tmp_path):
-    judge = judges.Judge(command("--model", tiny, *SMALL), tmp_path / "log", timeout=30)
-    try:
+    judge = judges.Judge(command("--model", tiny, *SMALL), tmp_path / "log", timeout=300)
+    with contextlib.closing(judge):
         judge.start(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 2)
-        scores = ask(judge, b=2, g=2)()
+        scores = scores_of(judge, b=2, g=2)
         torch.testing.assert_close(scores, torch.full((2, 2), EXPECTED), atol=1e-4, rtol=0)
-        assert (
-            judge.metrics["judge/latency"] + 0.05 > judge.metrics["judge/wait"] >= 0
-            and judge.metrics["judge/failures"] == 0
-        )
+        assert judge.problem is None and judge.metrics["judge/failures"] == 0
+        assert judge.metrics["judge/latency"] > 0 and judge.metrics["judge/wait"] >= 0
 
         os.kill(judge.process.pid, signal.SIGSTOP)  # it hangs
-        judge.timeout, begun = 1.5, time.perf_counter()
-        large = ask(judge, g=4, size=256)  # more than a pipe holds
-        assert (
-            large().isnan().all()
-            and time.perf_counter() - begun > 1.4
-            and "did not answer within 1.5 s" in str(judge.problem)
-        )
-        assert judge.process is None
-    finally:
-        judge.close()
+        judge.timeout = 0.5
+        assert scores_of(judge, g=4, size=256).isnan().all()  # more than a pipe holds
+        assert "did not answer within 0.5 s" in str(judge.problem) and judge.process is None
 
 
 FAKE = """
@@ -481,40 +469,25 @@ for line in iter(sys.stdin.readline, ""):
 """
 
 
-def fake(tmp_path, *replies, **rest):
+def fake(tmp_path, *replies):
     """A process that answers every request with these lines, "#" being the request's id."""
     lines = [reply if isinstance(reply, str) else json.dumps(reply) for reply in replies]
     (tmp_path / "replies").write_text("".join(line + "\n" for line in lines))
-    return judges.Judge(
-        [sys.executable, "-c", FAKE, str(tmp_path / "replies")], tmp_path / "log", **rest
-    )
+    words = [sys.executable, "-c", FAKE, str(tmp_path / "replies")]
+    return judges.Judge(words, tmp_path / "log", timeout=300)
 
 
 @pytest.mark.parametrize(
     "replies, score",
     [
         (
-            [
-                "INFO 4 5",
-                "4",
-                "[1, 2]",
-                "null",
-                "{",
-                '{"score": 1}',
-                dict(id=-1, score=1),
-                dict(id=[0], score=1),
-                dict(id="#", score=3.5),
-            ],
+            ["INFO 4 5", "4", "[1, 2]", "null", "{", '{"score": 1}']
+            + [dict(id=-1, score=1), dict(id=[0], score=1), dict(id="#", score=3.5)],
             3.5,
         ),
         (
-            [
-                "\x00\xff" * 999,
-                "[" * 200000,
-                "x" * 3_000_000,
-                dict(id=True, score=1),
-                dict(id="#", score=2),
-            ],
+            ["\x00\xff" * 999, "[" * 200000, "x" * 3_000_000]
+            + [dict(id=True, score=1), dict(id="#", score=2)],
             2,
         ),
         ([dict(id="#", score=99)], None),
@@ -527,15 +500,13 @@ def fake(tmp_path, *replies, **rest):
     ],
 )
 def test_noise_is_never_read_as_a_score(tmp_path, replies, score):
-    judge = fake(tmp_path, *replies, timeout=20)
-    try:
-        scores = ask(judge, g=2)()
+    judge = fake(tmp_path, *replies)
+    with contextlib.closing(judge):
+        scores = scores_of(judge)
         assert scores.tolist() == [[score, score]] if score else scores.isnan().all()
         assert judge.metrics["judge/failures"] == (0 if score else 2)
         assert score or str(judge.problem)
         assert judge.starts == 1  # nothing here is a reason to start it again
-    finally:
-        judge.close()
 
 
 def test_its_first_batch_and_its_patience(tmp_path):
@@ -544,14 +515,12 @@ def test_its_first_batch_and_its_patience(tmp_path):
         never.start(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), 2)
     assert never.process is None
     never.patience, never.failed_in_a_row = 3, 0
-    try:
-        assert ask(never)().isnan().all() and ask(never)().isnan().all()
+    with contextlib.closing(never):
+        assert scores_of(never).isnan().all() and scores_of(never).isnan().all()
         with pytest.raises(
             judges.JudgeError, match="failed 3 times in a row, the last time: too dark"
         ):
-            ask(never)()
-    finally:
-        never.close()
+            scores_of(never)
 
 
 LIFE = """
@@ -559,7 +528,6 @@ import json, os, sys, time
 lives = sys.argv[1]
 open(lives, "a").write("x")
 life = os.path.getsize(lives)
-time.sleep(float(sys.argv[2]) if life > 1 else 0)  # loading
 print(json.dumps(dict(ready=1)), flush=True)
 for line in iter(sys.stdin.readline, ""):
     if line.strip():
@@ -569,44 +537,36 @@ for line in iter(sys.stdin.readline, ""):
 """
 
 
-def test_after_a_hang_it_is_started_again_however_long_that_takes(tmp_path):
+def alive(tmp_path, **rest):
+    """A judge that hangs in its first life and scores in the next."""
+    words = [sys.executable, "-c", LIFE, str(tmp_path / "lives")]
+    return contextlib.closing(judges.Judge(words, tmp_path / "log", **rest))
+
+
+def test_after_a_hang_it_is_started_again_however_long_that_takes(tmp_path, monkeypatch):
     """The wait for a batch begins when the judge is ready: loading may take longer than
-    --judge-timeout."""
-    judge = judges.Judge(
-        [sys.executable, "-c", LIFE, str(tmp_path / "lives"), "3"], tmp_path / "log", timeout=1
-    )
-    try:
-        assert ask(judge)().isnan().all() and "did not answer within 1 s" in str(judge.problem)
-        judge.timeout = 2
-        assert ask(judge)().tolist() == [[2.5, 2.5]] and judge.starts == 2 and judge.problem is None
-        assert judge.metrics["judge/wait"] > 3 > judge.metrics["judge/latency"]
-        judge.timeout = 30
-        assert ask(judge, g=64, size=64)().tolist() == [
-            [2.5] * 64
-        ]  # requests and replies both larger than a pipe holds
-    finally:
-        judge.close()
+    --judge-timeout. Here it takes 1000 s, by a clock that is put forward meanwhile."""
+    clock, late = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + (1000 if late else 0))
+    with alive(tmp_path, timeout=0.5) as judge:
+        assert scores_of(judge).isnan().all()
+        assert "did not answer within 0.5 s" in str(judge.problem)
+        judge.timeout, judge.check = 300, lambda: late.append(True)
+        assert scores_of(judge).tolist() == [[2.5, 2.5]]
+        assert judge.starts == 2 and judge.problem is None
+        assert judge.metrics["judge/wait"] > 1000 > judge.metrics["judge/latency"]
+        # requests and replies both larger than a pipe holds
+        assert scores_of(judge, g=64, size=64).tolist() == [[2.5] * 64]
 
 
 def test_after_a_kill_it_is_started_again(tmp_path):
-    judge = judges.Judge(
-        [sys.executable, "-c", LIFE, str(tmp_path / "lives"), "0"], tmp_path / "log", timeout=20
-    )
-    try:
-        waiting = ask(judge, b=2, g=2)
+    with alive(tmp_path, timeout=300) as judge:
+        pending = asked(judge, b=2, g=2)
         os.kill(judge.process.pid, signal.SIGKILL)
-        assert (
-            waiting().isnan().all()
-            and "signal 9 ended it" in str(judge.problem)
-            and judge.metrics["judge/failures"] == 4
-        )
-        assert (
-            ask(judge)().tolist() == [[2.5, 2.5]]
-            and judge.starts == 2
-            and judge.failed_in_a_row == 0
-        )
-    finally:
-        judge.close()
+        assert judge.result(pending).isnan().all() and "signal 9 ended it" in str(judge.problem)
+        assert judge.metrics["judge/failures"] == 4
+        assert scores_of(judge).tolist() == [[2.5, 2.5]]
+        assert judge.starts == 2 and judge.failed_in_a_row == 0
 
 
 def test_a_judge_that_never_gets_ready(tmp_path):
@@ -626,16 +586,19 @@ def test_a_judge_that_ends_after_its_start_says_why(tmp_path):
     words = "import sys; print('{\"ready\": 1}', flush=True); sys.stdin.readline(); "
     words += "sys.exit('the card fell out')"
     judge = judges.Judge([sys.executable, "-c", words], tmp_path / "log")
-    assert ask(judge)().isnan().all() and str(judge.problem) == "the card fell out (exit code 1)"
+    assert scores_of(judge).isnan().all()
+    assert str(judge.problem) == "the card fell out (exit code 1)"
 
 
 TRAINER = """
 import os, sys, time, torch, judge
 command = [sys.executable, judge.__file__, "--device", "cpu", "--parent", str(os.getpid())]
 command += ["--model", sys.argv[1]]
-judge.Judge(command, sys.argv[2]).start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2)
-print("ready", flush=True)
-time.sleep(600)
+hanging, loading = (judge.Judge(command, sys.argv[2]) for _ in range(2))
+hanging.start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 2)
+print(hanging.process.pid, flush=True)
+loading.check = lambda: time.sleep(600)
+loading.launch()
 """
 
 
@@ -648,28 +611,19 @@ def children(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a judge ends when its input does")
-@pytest.mark.parametrize("when", ["loading", "hanging"])
-def test_no_judge_outlives_its_trainer(tiny, tmp_path, when):
-    """SIGKILL leaves the trainer no time for anything; the judge ends all the same, even one that
-    is stopped."""
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, tiny, tmp_path / "log"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    if when == "hanging":
-        assert trainer.stdout.readline() == "ready\n"
-    while not (pids := children(trainer.pid)):
-        assert trainer.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
-    if when == "hanging":
-        os.kill(pids[0], signal.SIGSTOP)
-    assert not gone(pids[0], 0.2)
+def test_no_judge_outlives_its_trainer(tiny, tmp_path):
+    """SIGKILL leaves the trainer no time for anything; its judges end all the same, one that is
+    stopped and one that has just been started."""
+    words = [sys.executable, "-c", TRAINER, tiny, tmp_path / "log"]
+    trainer = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    hanging = int(trainer.stdout.readline())
+    until(lambda: len(children(trainer.pid)) == 2)
+    pids = children(trainer.pid)
+    os.kill(hanging, signal.SIGSTOP)
+    assert not any(map(is_gone, pids))
     trainer.kill()
     trainer.wait()
-    assert gone(pids[0])
+    until(lambda: all(map(is_gone, pids)))
 
 
 # ------------------------------------------------------------------------------------------ servers
@@ -691,18 +645,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer == "close":
             self.connection.close()
         elif answer == "slow":
-            time.sleep(3)
+            self.server.over.wait()
         elif answer == "stall":  # an error whose body never comes
             self.send_response(503)
             self.send_header("Content-Length", "50")
             self.end_headers()
-            time.sleep(3)
+            self.server.over.wait()
         elif answer == "drip":
             self.send_response(200)
             self.end_headers()
-            for _ in range(30):
-                self.wfile.write(b" ")
-                time.sleep(0.1)
+            with contextlib.suppress(OSError):  # when nobody listens any more
+                while not self.server.over.wait(0.1):
+                    self.wfile.write(b" ")
+            self.server.dripped.set()
         elif answer == "redirect":
             self.send_response(302)
             self.send_header("Location", f"http://127.0.0.2:{self.server.server_port}/v1/models")
@@ -730,10 +685,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.seen, s.lock, s.listed = [], threading.Lock(), [dict(id="qwen")]
+    s.over, s.dripped = threading.Event(), threading.Event()
     s.behave = lambda n: completion("<Assessment><Score>4</Score></Assessment>")
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
     threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
     yield s
+    s.over.set()
     s.shutdown()
     s.server_close()
 
@@ -802,19 +759,17 @@ def test_a_server_without_logprobs_and_one_that_writes(server, monkeypatch):
     [
         (429, "429"),
         (500, "500"),
-        ("close", "connection failed"),
+        ("close", "the server failed"),
         ("malformed", "no chat completion"),
         (dict(choices=[]), "no chat completion"),
         ([1], "no chat completion"),
         (completion("four, I should say"), "no single <Score>"),
         (completion(None), "no chat completion"),
         (completion("", [dict(token="<Score>4</Score>", logprob=10**400)]), "no "),
-        ("redirect", "302"),
     ],
 )
-def test_what_a_server_does_wrong_is_tried_once_more(server, monkeypatch, first, words):
-    """Once: the client's own retries are off."""
-    monkeypatch.setattr(judges, "PAUSE", 0.01)
+def test_what_a_server_does_wrong_is_tried_once_more(server, first, words):
+    """Once: by its client, or by us where an answer is no score."""
     good = server.behave
     server.behave = lambda n: first if n == 1 else good(n)
     assert served(server).score([urls(0)])[0]["score"] == 4 and len(server.seen) == 2
@@ -823,20 +778,29 @@ def test_what_a_server_does_wrong_is_tried_once_more(server, monkeypatch, first,
     assert reply["score"] is None and words in reply["error"] and len(server.seen) == 4
 
 
-def test_a_server_that_refuses_or_is_slow(server):
+def test_a_redirect_does_not_get_the_key(server):
+    server.behave = lambda n: "redirect"
+    (reply,) = served(server).score([urls(0)])
+    assert reply["score"] is None and "302" in reply["error"] and len(server.seen) == 1
+
+
+def test_a_server_that_refuses(server):
     server.behave = lambda n: 400
     assert "400" in served(server).score([urls(0)])[0]["error"]
     asked = ["logprobs" in body for _, body, _ in server.seen]
     assert asked == [True, False]  # perhaps it was these it would not give
-    for how in ("slow", "stall", "drip"):
-        server.behave = lambda n: how
-        begun = time.perf_counter()
-        replies = served(server, timeout=1).score([urls(0)] * 3)
-        assert time.perf_counter() - begun < 2.8, how
-        assert all("did not answer in time" in reply["error"] for reply in replies), how
 
 
-def test_a_server_that_is_not_there(server, monkeypatch, capfd):
+@pytest.mark.parametrize("how", ["slow", "stall", "drip"])
+def test_a_server_that_is_slow(server, how):
+    """It would go on until the test is over; nothing is left to read it."""
+    server.behave = lambda n: how
+    replies = served(server, timeout=0.5).score([urls(0)] * 3)
+    assert [reply["error"] for reply in replies] == ["the server did not answer in time"] * 3
+    assert how != "drip" or server.dripped.wait(60)
+
+
+def test_a_server_that_is_not_there(server, monkeypatch, capsys):
     for url in ("http://127.0.0.1:9/v1", "http://[::1"):
         with pytest.raises(
             judges.JudgeError, match=f"no OpenAI-compatible server answers at {re.escape(url)}"
@@ -845,12 +809,8 @@ def test_a_server_that_is_not_there(server, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", "key\n")
     with pytest.raises(judges.JudgeError, match="no OpenAI-compatible server answers"):
         served(server)
-    done, _ = run_judge("", "--model", "qwen", "--server", "localhost/v1")
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "begins with http://" in done.stderr
-    )
+    said = fails(capsys, judges.main, ["--model", "qwen", "--server", "localhost/v1"])
+    assert "begins with http://" in said
 
 
 @pytest.mark.parametrize("listed", [[dict(id="another")], [], None, 404])
@@ -893,49 +853,49 @@ def test_a_real_server(tiny, tmp_path):
 # ----------------------------------------------------------------------------------------- training
 
 
-def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tiny, tmp_path, capsys):
-    shutil.copytree(tiny, tmp_path / "judge")
-    (tmp_path / "judge/model.safetensors").unlink()
-    for flags, words in (
-        ([], "holds no weights"),
-        (["--judge-device", "cuda:63"], "'cuda:63' is no device of this machine"),
-    ):
-        begun = time.perf_counter()
-        message = fails(capsys, train.main, small("run", "--judge", tmp_path / "judge", *flags))
-        assert (
-            "the judge could not start" in message
-            and words in message
-            and time.perf_counter() - begun < 60
+def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tmp_path, capsys):
+    flags = small("run", "--judge", tmp_path, "--judge-args=--batch-size 0")
+    message = fails(capsys, train.main, flags)
+    assert "the judge could not start" in message and "--batch-size is 0" in message
+    # the same --out serves once more: nothing of a run is in it
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["judge.log"]
+    said = fails(capsys, judges.main, ["--model", "x", "--device", "cuda:63"])
+    assert "'cuda:63' is no device of this machine" in said
+
+
+def out_of_memory(tmp_path, folder, *flags):
+    """What a judge in 8 GB of address space says at its start."""
+    limit = ["bash", "-c", 'ulimit -v 8000000; exec "$@"', "-"]
+    words = [*limit, *command("--model", folder, *flags)]
+    with pytest.raises(judges.JudgeError) as error:
+        judges.Judge(words, tmp_path / "log", timeout=600).start(
+            torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1
         )
-        assert not (tmp_path / "run/hard.json").exists()  # nothing was computed
-        # the same --out serves once more: nothing of a run is in it
+    return str(error.value)
 
 
-@pytest.mark.parametrize("when", ["loading", "first batch"])
-def test_a_judge_out_of_memory_ends_the_run_before_it_begins(tiny, tmp_path, when):
-    """Real allocations that fail, in 12 GB of address space: an embedding of 77 GB; attention over
-    images of 8 MP."""
-    from safetensors.torch import load_file, save_file
-
-    limit, flags, folder = (
-        ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"],
-        [],
-        shutil.copytree(tiny, tmp_path / "judge"),
+def test_a_judge_too_large_for_the_memory_is_named(tiny, tmp_path):
+    """By a real allocation that fails: an embedding of 77 GB."""
+    folder = shutil.copytree(tiny, tmp_path / "judge")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 400_000_000
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    said = out_of_memory(tmp_path, folder)
+    assert (
+        "could not start" in said
+        and "on cpu: RuntimeError" in said
+        and "can't allocate memory" in said
     )
-    if when == "loading":
-        config = json.loads((folder / "config.json").read_text())
-        config["text_config"]["vocab_size"] = 400_000_000
-        (folder / "config.json").write_text(json.dumps(config))
-        tensors = load_file(folder / "model.safetensors")
-        kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        words = "could not start: cpu has not the memory for "
-    else:
-        flags = ["--min-pixels", 8_000_000, "--max-pixels", 9_000_000, "--attention", "eager"]
-        words = "could not score a first batch: out of memory"
-    judge = judges.Judge([*limit, *command("--model", folder, *flags)], tmp_path / "log")
-    with pytest.raises(judges.JudgeError, match=words):
-        judge.start(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1)
+
+
+def test_images_too_large_for_the_memory_are_named(tiny, tmp_path):
+    """By a real allocation that fails: attention over images of 5 MP."""
+    size = ["--min-pixels", 5_000_000, "--max-pixels", 9_000_000, "--attention", "eager"]
+    said = out_of_memory(tmp_path, tiny, *size)
+    assert "could not score a first batch: out of memory" in said
 
 
 def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
@@ -943,11 +903,10 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
     run = tmp_path / "run"
     process = start(
         [ROOT / "train.py"]
-        + small("run", "--judge", seeing, "--judge-timeout", 30, f"--judge-args={' '.join(SMALL)}")
+        + small("run", "--judge", seeing, "--judge-timeout", 300, f"--judge-args={' '.join(SMALL)}")
     )
     try:
-        while process.poll() is None and len(logged(run)) < 2:
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or len(logged(run)) >= 2)
         (pid,) = children(process.pid)
         os.kill(pid, signal.SIGKILL)
         finish(process)
@@ -959,13 +918,7 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
     assert len(scored) >= 8 and all(
         row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05) for row in scored
     )
-    for before, row in zip(
-        rows, rows[1:]
-    ):  # what is not hidden is part of the latency, but for the new start
-        assert (
-            row["judge/starts"] > before["judge/starts"]
-            or 0 <= row["judge/wait"] <= row["judge/latency"] + 0.1
-        )
+    assert all(row["judge/wait"] >= 0 and row["judge/latency"] >= 0 for row in rows)
     for row in rows:
         if row["judge/failures"]:
             assert row["judge/failures"] == 4 and "rewards/qwen/mean" not in row
@@ -984,48 +937,20 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
 def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):
     good = server.behave
     server.behave = lambda n: good(n) if n <= 4 + 3 * 4 else 500  # the first batch and three steps
-    flags = small(
-        "run",
-        "--judge",
-        server.url,
-        "--judge-model",
-        "qwen",
-        "--judge-patience",
-        2,
-        "--judge-timeout",
-        20,
-    )
-    message = fails(capsys, train.main, flags)
-    assert (
-        "failed 2 times in a row" in message
-        and "500" in message
-        and f"after step 4; --resume {tmp_path / 'run'} goes on" in message
-    )
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
-    rows = logged(tmp_path / "run")
-    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4] and rows[0][
-        "rewards/qwen/mean"
-    ] == pytest.approx(0.75)
+    flags = "--judge-model qwen --judge-patience 2 --judge-timeout 300".split()
+    message = fails(capsys, train.main, small("run", "--judge", server.url, *flags))
+    assert "failed 2 times in a row" in message and "500" in message
+    run = tmp_path / "run"
+    assert f"after step 4; --resume {run} goes on" in message
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 4
+    rows = logged(run)
+    assert [row["judge/failures"] for row in rows] == [0, 0, 0, 4]
+    assert rows[0]["rewards/qwen/mean"] == pytest.approx(0.75)
     server.behave = good
-    assert (
-        train.main(
-            ["--resume", str(tmp_path / "run"), "--judge-model", "qwen", "--judge-timeout", "60"]
-        )
-        is None
-    )
-    assert json.loads((tmp_path / "run/config.json").read_text())["expert"]["judge_timeout"] == 60
-    assert [row["judge/failures"] for row in logged(tmp_path / "run")] == [
-        0,
-        0,
-        0,
-        4,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]
+    resumed = ["--resume", str(run), "--judge-model", "qwen", "--judge-timeout", "60"]
+    assert train.main(resumed) is None
+    assert json.loads((run / "config.json").read_text())["expert"]["judge_timeout"] == 60
+    assert [row["judge/failures"] for row in logged(run)] == [0, 0, 0, 4] + [0] * 6
 
 
 def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
@@ -1039,34 +964,41 @@ def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
     for name in ("r_psnr", "r_ssim", "r_task", "r_qwen"):
         monkeypatch.setattr(rewards, name, noted(name, getattr(rewards, name)))
     judge = fake(tmp_path, dict(id="#", score=3))
+    judge.result = noted("result", judge.result)
     ask = judge.ask
 
     def asked(*images):
         events.append(("ask", *(tuple(i.shape[:-3]) for i in images)))
-        return noted("wait", ask(*images))
+        return ask(*images)
 
     judge.ask = asked
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))
     restored, (degraded, gt) = torch.rand(2, 3, 3, 32, 32), torch.rand(2, 2, 3, 32, 32)
-    try:
+    with contextlib.closing(judge):
         _, terms = reward(restored, degraded, gt, ["dehaze", "deblur"], judge)
-    finally:
-        judge.close()
     first = ("ask", (2,), (2, 3), (2,))
-    assert events == [first, "r_psnr", "r_ssim", "r_task", "r_task", "wait", "r_qwen"]
+    assert events == [first, "r_psnr", "r_ssim", "r_task", "r_task", "result", "r_qwen"]
     assert terms["qwen"].tolist() == [[0.5] * 3] * 2
 
 
 def test_a_run_that_is_asked_to_end_does_not_wait_for_its_judge(tmp_path):
+    """SIGTERM comes while it is waited for, the third time that the wait looks up."""
     words = "import time; print('{\"ready\": 1}', flush=True); time.sleep(600)"
     with runs.Stop() as stop:
-        judge = judges.Judge([sys.executable, "-c", words], tmp_path / "log", check=stop.check)
-        waiting, begun = ask(judge), time.perf_counter()
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(runs.Stopped, match="SIGTERM"):
-            waiting()
-        assert time.perf_counter() - begun < 5
-        judge.close()
+        judge, looks = judges.Judge([sys.executable, "-c", words], tmp_path / "log"), []
+
+        def check():
+            looks.append(time.time())
+            if len(looks) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            stop.check()
+
+        with contextlib.closing(judge):
+            pending = asked(judge)
+            judge.check = check
+            with pytest.raises(runs.Stopped, match="SIGTERM"):
+                judge.result(pending)
+        assert len(looks) in (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -1126,9 +1058,8 @@ def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wan
     config = parse(["--judge", "m", "--device", "cpu", "--judge-args=--min-pixels 784"])
     config.device = device
     with train.make_judge(config, runs.Stop()) as judge:
-        assert judge.command[judge.command.index("--device") + 1] == wanted and judge.command[
-            -2:
-        ] == ["--min-pixels", "784"]
+        assert f"--device={wanted}" in judge.command
+        assert judge.command[-2:] == ["--min-pixels", "784"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     if wanted not in ("cpu", "cuda:0"):
         with pytest.raises(

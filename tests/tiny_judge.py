@@ -65,6 +65,7 @@ def build(folder, images=False):
         ["You see the ground truth, a degraded image and a restored one."], tags=TAGS
     )
     token = tokenizer.convert_tokens_to_ids
+    of_tokens = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
@@ -75,8 +76,7 @@ def build(folder, images=False):
             num_key_value_heads=2,
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2]),
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **of_tokens,
         ),
         vision_config=dict(
             depth=2,
@@ -92,12 +92,7 @@ def build(folder, images=False):
         vision_end_token_id=token("<|vision_end|>"),
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample, model.generation_config.top_k = (
-        True,
-        1,
-    )  # as Qwen2.5-VL's own
+    model.generation_config.update(do_sample=True, top_k=1, **of_tokens)  # as Qwen2.5-VL's own
     write_weights(model, tokenizer, images)
     model.save_pretrained(folder)
     processor = Qwen2_5_VLProcessor(
@@ -113,9 +108,8 @@ def write_weights(model, tokenizer, images):
     of its successor."""
     chain = tokenizer.encode("\n<Assessment><Score>4</Score></Assessment><|im_end|>")
     embedding = model.get_input_embeddings().weight.normal_()
-    embedding /= (
-        embedding.square().mean(dim=1, keepdim=True).sqrt()
-    )  # the last norm leaves it as it is
+    # so that the last norm leaves it as it is
+    embedding /= embedding.square().mean(dim=1, keepdim=True).sqrt()
     for layer in model.model.language_model.layers:
         for linear in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.normal_(0, 0.1 if images else 0.0)
