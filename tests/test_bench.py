@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import small_adair
 
-import bench
 import model
 import train
 from config import parse
+from experiments import bench
 from grpo import rollout
 from policy import policy_for
 

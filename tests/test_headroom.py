@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import fails, small_adair, write
 
-import headroom
 import train
 from data import Crops, list_training
+from experiments import headroom
 from policy import GATE_MEAN, policy_for
 from rewards import Reward, parse_terms
 

@@ -12,7 +12,7 @@ import torch
 from conftest import fails, logged, samples_of, small_adair, without_times, write
 
 import data
-import pretrain
+from experiments import pretrain
 from metrics import psnr
 from model import Encoding, load_adair, read_checkpoint
 

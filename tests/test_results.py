@@ -11,12 +11,14 @@ import scipy.stats
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "results"))
-import benchmarks
-import exposure_judge
-import tables
-
 import judge as judges
+from experiments import benchmarks, exposure_judge, tables
+
+
+def program(name, *args):
+    """A program of experiments/, run to its end."""
+    command = [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def write_report(folder, gain, hard=(0,)):
@@ -91,9 +93,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     assert tables.difference(collected(tmp_path), "a", "b") == (
         "a minus b, 2 seeds: +0.500 [+0.500, +0.500] dB, +50.0 [+50.0, +50.0] 1e-4"
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "results/tables.py", tmp_path], capture_output=True, text=True
-    )
+    done = program("tables", tmp_path)
     assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
     assert "+1.500 (+1.500 to +1.500)" in done.stdout  # of the validations
     rows = (tmp_path / "gains.csv").read_text().splitlines()
@@ -109,8 +109,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     (tmp_path / "alone").mkdir()
     for name in ("gains.csv", "validation.csv"):
         (tmp_path / name).rename(tmp_path / "alone" / name)
-    program = [sys.executable, ROOT / "results/tables.py", tmp_path / "alone"]
-    assert subprocess.run(program, capture_output=True, text=True).stdout == done.stdout
+    assert program("tables", tmp_path / "alone").stdout == done.stdout
 
 
 @pytest.mark.parametrize("old, new", [("c.png", "d.png"), ('"psnr": 20.0', '"psnr": 20.1')])
@@ -182,8 +181,7 @@ def test_what_has_no_interval_is_said(tmp_path):
 
 
 def test_an_unknown_arm_is_named():
-    program = [sys.executable, ROOT / "results/run.py", "--arms", "x"]
-    done = subprocess.run(program, capture_output=True, text=True)
+    done = program("run", "--arms", "x")
     assert done.returncode != 0 and "there is no arm 'x'" in done.stderr
 
 
@@ -222,8 +220,7 @@ def test_only_whole_runs_of_the_demo_are_measured_again(tmp_path, change, words)
         samples = dict(data_root=None, tasks=[]) | change
         config = dict(init="/somewhere/weights/demo.pt", samples=samples)
         (tmp_path / "a/0/config.json").write_text(json.dumps(config))
-    program = [sys.executable, ROOT / "results/measure.py", tmp_path / "a"]
-    done = subprocess.run(program, capture_output=True, text=True)
+    done = program("measure", tmp_path / "a")
     assert done.returncode != 0 and words in done.stderr
 
 
@@ -233,11 +230,10 @@ def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path):
     command = f"python train.py --hard-ratio 0.3 --seed 0 --out {folder} --objective sft"
     (folder / "config.json").write_text(json.dumps(dict(command=command)))
     (folder / "hard.json").write_text("{}")
-    program = [sys.executable, ROOT / "results/run.py", "--arms", "sft", "--seeds", "0"]
-    program += ["--out", tmp_path]
-    done = subprocess.run(program, capture_output=True, text=True)
+    again = "--arms", "sft", "--seeds", 0, "--out", tmp_path
+    done = program("run", *again)
     assert done.returncode == 0  # it is there, and by this command
-    done = subprocess.run([*program, "--flags=--lr 1"], capture_output=True, text=True)
+    done = program("run", *again, "--flags=--lr 1")
     assert done.returncode == 1 and "was begun by another command" in done.stdout
 
 

@@ -1,5 +1,5 @@
-"""train.py and pretrain.py as a user meets them: whole runs on tiny images, one step against the
-equations, bad input."""
+"""train.py and experiments/pretrain.py as a user meets them: whole runs on tiny images, one step
+against the equations, bad input."""
 
 import dataclasses
 import json
@@ -21,15 +21,14 @@ from conftest import (
     write,
 )
 
-import bench
 import eval as evaluation
 import inventory
 import judge
-import pretrain
 import runs
 import train
 from config import DEMO_MODEL, parse
 from data import TASKS, Crops, Sample, list_training, load_pair
+from experiments import bench, pretrain
 from grpo import rollout
 from metrics import evaluate, psnr
 from model import load_adair, read_checkpoint, restore
@@ -351,7 +350,7 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
 
 def test_old_command_lines_name_the_new_program(capsys):
     assert fails(capsys, train.main, ["pretrain", "--steps", 1]).endswith(
-        "program of its own, pretrain.py"
+        "program of its own, python -m experiments.pretrain"
     )
     done = subprocess.run(
         [sys.executable, "data.py", "--data-root", "x"], cwd=ROOT, capture_output=True, text=True

@@ -1,11 +1,11 @@
 """Tables from runs, with 95 % intervals.
 
-    python results/tables.py runs/results      of the runs there; leaves small files (`collect`)
-    python results/tables.py results/main      of such files alone: the runs we made
+    python -m experiments.tables runs/results      of the runs there; leaves small files (`collect`)
+    python -m experiments.tables results/main      of such files alone: the runs we made
 
 Both leave gains.png, curves.png and training.png beside them.
 
-Run folders are ARM/SEED, as results/run.py leaves them. Intervals are from bootstraps over
+Run folders are ARM/SEED, as experiments/run.py leaves them. Intervals are from bootstraps over
 photographs and over seeds (`interval`); with a photograph come all its draws and tasks. A
 photograph weighs the same however many of its draws are hard (in a run's own report.md every image
 does). On the validation images the reward is that of a run's own --rewards.
@@ -19,13 +19,11 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import figures
-from run import ARMS
-
 import report
 import runs
 from data import photo_of
+from experiments import figures
+from experiments.run import ARMS
 
 RESAMPLES = 10_000
 WORDS = {"arm", "seed", "set", "task", "image"}  # columns that hold no numbers
@@ -129,7 +127,7 @@ def check_settings(folder):
         settings = {k: v for k, v in stored.items() if k not in mine}
         first = first or (path, settings)
         if settings != first[1]:
-            sys.exit(f"results/tables.py: {path} has other settings than {first[0]}")
+            sys.exit(f"experiments/tables.py: {path} has other settings than {first[0]}")
 
 
 def read(path):
@@ -150,9 +148,9 @@ def pretrained(arms):
     """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
     the same images, measured by one reward."""
     another = "{} began with another model, or was measured on other images, than {}"
-    hint = "{} was measured by another reward than {}: run results/measure.py"
-    rows = check_same(arms, "psnr_before", 0.01, f"results/tables.py: {another}")
-    check_same(arms, "reward_before", 1e-3, f"results/tables.py: {hint}")
+    hint = "{} was measured by another reward than {}: run experiments/measure.py"
+    rows = check_same(arms, "psnr_before", 0.01, f"experiments/tables.py: {another}")
+    check_same(arms, "reward_before", 1e-3, f"experiments/tables.py: {hint}")
     tasks = report.by_task(rows)
     return {task: report.mean(of, "psnr_before") for task, of in tasks.items()}
 
@@ -214,7 +212,7 @@ def interval(values, seed=0):
     """
     n_seeds, n_photos, _ = values.shape
     if n_photos < 2:
-        sys.exit("results/tables.py: one photograph has no interval; hold out more")
+        sys.exit("experiments/tables.py: one photograph has no interval; hold out more")
     mean = mean_of_tasks(values)
     if n_seeds < 2:
         return mean, np.nan, np.nan
@@ -370,7 +368,7 @@ def main():
         read(folder / f"{name}.csv") for name in ("gains", "measured", "validation", "training")
     )
     if not arms and not validations:
-        sys.exit(f"results/tables.py: {folder} holds no ARM/SEED/report.json: run results/run.py")
+        sys.exit(f"experiments/tables.py: {folder} holds no ARM/SEED/report.json")
     if validations:
         print(on_validation(validations), "\n")
         figures.curves(folder / "curves.png", validations)

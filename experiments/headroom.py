@@ -1,8 +1,8 @@
 """What a policy could move on a model, measured before anybody rents GPUs for RL.
 
-    python headroom.py                                            the demo model
-    python headroom.py --ckpt adair5d.ckpt --data-root data       yours
-    python headroom.py --ckpt runs/NAME                           a run: also what it reached
+    python -m experiments.headroom                                            the demo model
+    python -m experiments.headroom --ckpt adair5d.ckpt --data-root data       yours
+    python -m experiments.headroom --ckpt runs/NAME                           a run, too
 
 On crops that no head is trained on, per task and in PSNR and reward, gains over the model's own
 output: the best of 4, 16 and 64 sampled actions; each of the 12 controls swept alone; the best

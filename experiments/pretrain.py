@@ -3,7 +3,7 @@ strength, exposure and colour vary; Muon for the matrices, Adam for the rest; wa
 rate, and a decay at the end, so that the length need not be known at the start; the result,
 model.pt, is an average of the weights.
 
-    python pretrain.py --data-root data --out runs/pretrain
+    python -m experiments.pretrain --data-root data --out runs/pretrain
 
 Killed, the same command goes on where it stopped (bit for bit on the same machine).
 """

@@ -1,7 +1,7 @@
 """Tables 2 and 3 of several runs, from what eval.py left in their folders, with 95 % intervals.
 
-    python results/benchmarks.py runs/real       of ARM/SEED/eval-images.csv there; leaves tests.csv
-    python results/benchmarks.py results/real    of such a file alone: of the runs we made
+    python -m experiments.benchmarks runs/real    ARM/SEED/eval-images.csv there; leaves tests.csv
+    python -m experiments.benchmarks results/real    such a file alone: of the runs we made
 
 A figure is the mean over seeds. Intervals are from bootstraps over images and over seeds
 (tables.interval), images drawn from all sets together.
@@ -11,12 +11,10 @@ import csv
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tables
-
 import report
 from data import TASKS
 from eval import tables as layout
+from experiments import tables
 
 KEYS = (("psnr", 1, 3), ("ssim", 1e4, 1))  # with scale and digits
 
@@ -42,7 +40,7 @@ def collect(folder):
 def check_images(arms):
     """Exits unless all runs began with one model, and were evaluated on the same images."""
     another = "{} began with another model, or was evaluated on other images, than {}"
-    tables.check_same(arms, "psnr_before", 0.01, f"results/benchmarks.py: {another}")
+    tables.check_same(arms, "psnr_before", 0.01, f"experiments/benchmarks.py: {another}")
 
 
 def by_method(arms):
@@ -101,7 +99,7 @@ def main():
     arms = tables.read(folder / "tests.csv")
     if not arms:
         missing = "holds no ARM/SEED/eval-images.csv with a model before and after: run eval.py"
-        sys.exit(f"results/benchmarks.py: {folder} {missing}")
+        sys.exit(f"experiments/benchmarks.py: {folder} {missing}")
     check_images(arms)
     print(layout(by_method(arms)), gains(arms), "", sep="\n")
     for one, other in (pair for pair in tables.PAIRS if {*pair} <= arms.keys()):

@@ -1,8 +1,8 @@
 """Time and memory of one IRPO step, and of AdaIR's forward, each against the same thing
 written plainly.
 
-    python bench.py                  a step, its parts and inference; the demo model
-    python bench.py --model paper    the same at the published size, random weights
+    python -m experiments.bench                  a step, its parts and inference; the demo model
+    python -m experiments.bench --model paper    the same at the published size, random weights
 
 Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of
 medians. Figures of two runs, and of two machines, cannot be compared.

@@ -1,10 +1,10 @@
 """Measures finished runs of the demo again, all by the same: the composite reward of --rewards
 default, whatever they were trained by, and the known answer of exposure_judge.py.
 
-    python results/measure.py runs/results/judged runs/results/judged-shuffled
+    python -m experiments.measure runs/results/judged runs/results/judged-shuffled
 
 Writes both, and the same of the validation photographs, into each report.json, which
-results/tables.py reads; report.md stays as it is. Arms of another --rewards (general-alone,
+experiments/tables.py reads; report.md stays as it is. Arms of another --rewards (general-alone,
 task-alone) need it before they are compared.
 """
 
@@ -14,14 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from exposure_judge import closeness, mean_luminance
-
 import rewards
 import runs
 from config import DEMO_MODEL
 from data import list_training
 from eval import load
+from experiments.exposure_judge import closeness, mean_luminance
 from metrics import evaluate
 from model import CheckpointError, load_pretrained, restore
 
@@ -71,7 +69,7 @@ def run_program(arms):
 
 
 def main():
-    return runs.program("results/measure.py", run_program, errors=(CheckpointError,))
+    return runs.program("experiments/measure.py", run_program, errors=(CheckpointError,))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ r"""A judge whose answer is known: how close the exposure of a restored image is
 speaks the protocol of OpenAI's servers, so the trainer asks it as it asks a real Qwen2.5-VL, and
 sees of it a score alone, which it cannot differentiate.
 
-    python results/exposure_judge.py &
+    python -m experiments.exposure_judge &
     python train.py --judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen \
         --freeze-backbone
 """
@@ -11,11 +11,9 @@ import json
 import math
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge import read_source
 from rewards import luma
 
@@ -74,7 +72,7 @@ def main(port: int = 8001):
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        sys.exit(f"results/exposure_judge.py: port {port} cannot be had ({error.strerror})")
+        sys.exit(f"experiments/exposure_judge.py: port {port} cannot be had ({error.strerror})")
     print(f"http://127.0.0.1:{port}/v1", flush=True)
     server.serve_forever()
 

@@ -1,9 +1,9 @@
 """Repeats the experiments of this folder: every arm with every seed, into runs/results/ARM/SEED.
 
-    python results/run.py                          the arms of the README, seeds 0 to 4
-    python results/run.py --arms main data
-    python results/run.py --arms irpo sft --seeds 0 1 --jobs 2
-    python results/run.py --seeds 0 1 --flags='--lr 1e-4 --head-lr-factor 21' --out runs/sweep/1e-4
+    python -m experiments.run                          the arms of the README, seeds 0 to 4
+    python -m experiments.run --arms main data
+    python -m experiments.run --arms irpo sft --seeds 0 1 --jobs 2
+    python -m experiments.run --seeds 0 1 --flags='--lr 1e-4' --out runs/sweep/1e-4
 
 What is done is left alone, what was stopped goes on. Jobs run side by side, each on one CPU thread
 if there are several.
@@ -117,7 +117,7 @@ def main():
     unknown = set(config.arms) - set(ARMS)
     if unknown:
         known = ", ".join([*GROUPS, *ARMS])
-        sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {known}")
+        sys.exit(f"experiments/run.py: there is no arm {unknown.pop()!r}; known: {known}")
     pairs = [(arm, seed) for seed in config.seeds for arm in config.arms]
     done, threads = [], 1 if config.jobs > 1 else None
     if not list(config.out.glob("*/*/hard.json")):  # alone: the others take its scores over
