@@ -1,63 +1,60 @@
 """Tables from runs, with 95 % intervals.
 
-    python -m experiments.tables runs/results      of the runs there; leaves small files (`collect`)
-    python -m experiments.tables results/main      of such files alone: the runs we made
+    python -m experiments.tables runs/results     the runs there; leaves small files (`collect`)
+    python -m experiments.tables results/main     such files alone: the runs we made
 
 Both leave gains.png, curves.png and training.png beside them.
 
-Run folders are ARM/SEED, as experiments/run.py leaves them. Intervals are from bootstraps over
-photographs and over seeds (`interval`); with a photograph come all its draws and tasks. A
-photograph weighs the same however many of its draws are hard (in a run's own report.md every image
-does). On the validation images the reward is that of a run's own --rewards.
+Run folders are ARM/SEED, as experiments.run leaves them. A photograph weighs the same however many
+of its draws there are (in a run's own report.md every image does). On the validation images the
+reward is that of a run's own --rewards.
 """
 
-import csv
-import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.stats
 
 import report
 import runs
-from data import photo_of
 from experiments import figures
 from experiments.run import ARMS
 
-RESAMPLES = 10_000
-WORDS = {"arm", "seed", "set", "task", "image"}  # columns that hold no numbers
-KEYS = (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "1e-4"))  # with scale, digits and unit
-# Which arms answer a question together: the second is the control of the first.
-PAIRS = (
-    ("irpo", "sft"),
-    ("irpo", "best-of-g"),
-    ("best-of-g", "random-rollout"),
-    ("irpo", "irpo-shuffled"),
-    ("rl", "rl-shuffled"),
-    ("rl-all", "rl-all-shuffled"),
-    ("reward", "sft"),
-    ("reward-sft", "sft"),
-    ("irpo", "irpo-no-cons"),
-    ("irpo-difficulty", "irpo"),
-    ("irpo", "sft-time"),
-    ("irpo", "reward-time"),
-    ("irpo", "reward-sft-time"),
-    ("reward-sft-time", "sft-time"),
-    ("rl-time", "rl-shuffled-time"),
-    ("irpo", "hard-30"),
-    ("hard-30", "random-30"),
-    ("hard-30", "easy-30"),
-    ("hard-30", "all-data"),
-    ("hard-30", "all-data-epochs"),
-    ("hard-30", "hard-10"),
-    ("hard-30", "hard-50"),
-    ("irpo", "group-2"),
-    ("group-8", "irpo"),
-    ("judged", "judged-shuffled"),
-    ("irpo", "general-alone"),
-    ("irpo", "task-alone"),
-)
+SHOWN = {
+    "psnr": (1, 3),
+    "ssim": (1e4, 1),
+    "reward": (1e4, 1),
+    "exposure": (1e4, 1),
+}  # scale, digits
+RUN = ["arm", "seed"]
+GAINS = [*RUN, "task", "image", "psnr_before", "reward_before", "hard", *SHOWN]
+COLUMNS = {
+    "gains": GAINS,
+    "measured": GAINS,
+    "validation": [*RUN, "step", "task", "psnr", "reward"],
+    "training": [*RUN, "step", "reward", "psnr_det", "psnr_best"]
+    + ["loss/sup", "loss/cons", "loss/total"],
+}
+# Which arms answer a question together: an arm, and its controls.
+CONTROLS = {
+    "irpo": "sft best-of-g irpo-shuffled irpo-no-cons sft-time reward-time reward-sft-time hard-30 "
+    "group-2 general-alone task-alone",
+    "best-of-g": "random-rollout",
+    "rl": "rl-shuffled",
+    "rl-all": "rl-all-shuffled",
+    "reward": "sft",
+    "reward-sft": "sft",
+    "irpo-difficulty": "irpo",
+    "reward-sft-time": "sft-time",
+    "rl-time": "rl-shuffled-time",
+    "hard-30": "random-30 easy-30 all-data all-data-epochs hard-10 hard-50",
+    "group-8": "irpo",
+    "judged": "judged-shuffled",
+}
+PAIRS = [(arm, control) for arm, of in CONTROLS.items() for control in of.split()]
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -67,50 +64,69 @@ def collect(folder):
     """Writes the files of the runs in a folder, a row for every arm and seed and:
 
     gains.csv: for every held-out image the PSNR and reward before, whether it is one of the hard
-    30 %, and the gains (of exposure where measure.py was run); measured.csv: the same of the
-    validation images, where measure.py was run; validation.csv: the gains of every validation;
+    30 %, and the gains (of exposure where experiments.measure was run); measured.csv: the same of
+    the validation images, where it was run; validation.csv: the gains of every validation;
     training.csv: of every step the rewards of the rollouts, the PSNR of the mean action and of the
-    best rollout, L_sup, L_cons and L_total. Exits unless an arm's runs have the same settings.
+    best rollout, L_sup, L_cons and L_total. Raises RunError unless an arm's runs have the same
+    settings.
     """
-    head = "arm seed task image psnr_before reward_before hard psnr ssim reward exposure".split()
-    files = dict(
-        gains=[head],
-        measured=[head],
-        validation=["arm seed step task psnr reward".split()],
-        training=["arm seed step reward psnr_det psnr_best loss/sup loss/cons loss/total".split()],
-    )
+    parts = {name: [] for name in COLUMNS}
     for path in files_of_runs(folder, "report.json"):
-        of_run = [path.parts[-3], path.parts[-2]]
-        stored = json.loads(path.read_text())
-        files["gains"] += compared(of_run, stored["before"], stored["after"], stored["hard"])
-        on_val = stored.get("val_before", []), stored.get("val_after", [])
-        files["measured"] += compared(of_run, *on_val)
-        history = stored["validation"]
-        for past, found in zip(history, report.gains_since_start(history)):
-            for task in found["psnr"]:
-                row = [*of_run, past["step"], task, found["psnr"][task], found["reward"][task]]
-                files["validation"].append(row)
-        names = files["training"][0][3:]
-        for row in runs.read_metrics(path.parent):
-            files["training"].append([*of_run, row["step"], *(row.get(name) for name in names)])
-    for name, (head, *rows) in files.items():
-        if rows:
-            (folder / f"{name}.csv").write_text(report.to_csv(head, rows))
+        stored = runs.load_json(path)
+        found = dict(
+            gains=compared(stored["before"], stored["after"], stored["hard"]),
+            measured=compared(stored.get("val_before", []), stored.get("val_after", [])),
+            validation=validations(stored["validation"]),
+            training=pd.DataFrame(runs.read_metrics(path.parent)),
+        )
+        for name, rows in found.items():
+            parts[name].append(rows.assign(arm=path.parts[-3], seed=path.parts[-2]))
+    for name, tables in parts.items():
+        rows = pd.concat(tables).reindex(columns=COLUMNS[name])
+        if len(rows):
+            write_csv(folder / f"{name}.csv", rows)
 
 
-def compared(of_run, before, after, hard=()):
-    """The rows of images, before and after."""
-    rows = []
-    for i, (old, new) in enumerate(zip(before, after)):
-        row = [*of_run, old["task"], old["name"], old["psnr"], old["reward"], int(i in hard)]
-        for key in ("psnr", "ssim", "reward", "exposure"):
-            row.append(new[key] - old[key] if key in old else None)
-        rows.append(row)
-    return rows
+def compared(before, after, hard=()):
+    """The rows of images {task, name, psnr, …} before, with what was gained after."""
+    before, after = pd.DataFrame(before), pd.DataFrame(after)
+    gains = after.reindex(columns=[*SHOWN]) - before.reindex(columns=[*SHOWN])
+    start = before.add_suffix("_before").rename(
+        columns=dict(task_before="task", name_before="image")
+    )
+    return start.join(gains).assign(hard=before.index.isin(hard).astype(int))
+
+
+def validations(history):
+    """The gains of every validation since the first, of every task and their mean."""
+    parts = [pd.DataFrame()]
+    for past, gained in zip(history, report.gains_since_start(history)):
+        parts.append(
+            pd.DataFrame(gained).rename_axis("task").reset_index().assign(step=past["step"])
+        )
+    return pd.concat(parts)
+
+
+def write_csv(path, rows):
+    """Writes rows as CSV, numbers with six decimals."""
+    runs.write_atomic(path, rows.to_csv(index=False, float_format="%.6f").encode())
+
+
+def read(path):
+    """The rows of one of the files, arms in the order of `run.ARMS`; none if it is not there."""
+    if not path.exists():
+        return pd.DataFrame(columns=RUN)
+    rows = pd.read_csv(path)
+    order = {arm: place for place, arm in enumerate(dict.fromkeys([*ARMS, *rows["arm"]]))}
+    rows = rows.sort_values("arm", key=lambda arms: arms.map(order), kind="stable")
+    if "image" in rows:
+        rows["photo"] = rows["image"].str.replace(r"#\d+$", "", regex=True)  # #2: its second draw
+    return rows.reset_index(drop=True)
 
 
 def files_of_runs(folder, name):
-    """ARM/SEED/name of all runs of a folder. Exits unless an arm's runs have the same settings."""
+    """ARM/SEED/name of all runs of a folder. Raises RunError unless an arm's runs have the same
+    settings."""
     paths = sorted(folder.glob(f"*/*/{name}"))
     for of_arm in {path.parents[1] for path in paths}:
         check_settings(of_arm)
@@ -118,281 +134,220 @@ def files_of_runs(folder, name):
 
 
 def check_settings(folder):
-    """Exits unless the runs of an arm had the same settings, but for the seed and the machine."""
+    """Raises RunError unless the runs of an arm had the same settings, but for the seed and the
+    machine."""
     first = None
     for path in sorted(folder.glob("*/config.json")):
-        stored = json.loads(path.read_text())
-        del stored["samples"]["scores"], stored["samples"]["workers"]
-        mine = ("seed", "out", "command", "device")
-        settings = {k: v for k, v in stored.items() if k not in mine}
+        settings = runs.load_json(path)
+        for name in ("seed", "out", "command", "device"):
+            settings.pop(name)
+        for name in ("scores", "workers"):
+            settings["samples"].pop(name)
         first = first or (path, settings)
         if settings != first[1]:
-            sys.exit(f"experiments/tables.py: {path} has other settings than {first[0]}")
+            raise runs.RunError(f"{path} has other settings than {first[0]}")
 
 
-def read(path):
-    """{arm: rows} of one of the files, with numbers as such; {} if it is not there."""
-    arms = {}
-    if not path.exists():
-        return arms
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            words = {name: row.pop(name) for name in WORDS & row.keys()}
-            numbers = {name: float(value) for name, value in row.items() if value}
-            arms.setdefault(words["arm"], []).append(words | numbers)
-    known = [*ARMS, *arms]
-    return dict(sorted(arms.items(), key=lambda arm: known.index(arm[0])))
-
-
-def pretrained(arms):
-    """{task: mean PSNR of the model that all runs started from}. Exits unless it is one model, on
-    the same images, measured by one reward."""
-    another = "{} began with another model, or was measured on other images, than {}"
-    hint = "{} was measured by another reward than {}: run experiments/measure.py"
-    rows = check_same(arms, "psnr_before", 0.01, f"experiments/tables.py: {another}")
-    check_same(arms, "reward_before", 1e-3, f"experiments/tables.py: {hint}")
-    tasks = report.by_task(rows)
-    return {task: report.mean(of, "psnr_before") for task, of in tasks.items()}
-
-
-def check_same(arms, key, by, message):
-    """The rows of the first run. Exits with message.format(run, first run) unless all runs have the
-    same images, whose `key` differs by no more than `by`."""
-    first = None
-    for arm, of_arm in arms.items():
-        for seed, of_run in by_seed(of_arm).items():
-            name, rows = f"{arm}/{seed}", {(row["task"], row["image"]): row for row in of_run}
-            first = first or (name, rows)
-            same = rows.keys() == first[1].keys()
-            if not same or any(abs(row[key] - first[1][at][key]) > by for at, row in rows.items()):
-                sys.exit(message.format(name, first[0]))
-    return list(first[1].values())
+def check_same(rows, key, by, how):
+    """Raises RunError unless all runs have the same images, whose `key` differs by no more than
+    `by`; how: what else they have done."""
+    of_runs = rows.pivot(index=RUN, columns=["task", "image"], values=key)  # a row for every run
+    first, others = of_runs.iloc[0], of_runs.iloc[1:]
+    same = ((others - first).abs() <= by).all(axis=1)  # an image that one lacks is NaN
+    if not same.all():
+        names = ["/".join(map(str, run)) for run in (same.idxmin(), of_runs.index[0])]
+        raise runs.RunError(f"{names[0]} {how} than {names[1]}")
 
 
 # --------------------------------------------------------------------------------------- intervals
 
 
-def by_seed(rows):
-    """{seed: its rows}"""
-    seeds = sorted({row["seed"] for row in rows})
-    return {seed: [row for row in rows if row["seed"] == seed] for seed in seeds}
+def in_cells(rows, key):
+    """The gains of every (task, seed, photo), draws averaged: a Series."""
+    return rows.groupby(["task", "seed", "photo"], sort=False)[key].mean()
 
 
-def gains(rows, key, only=None):
-    """Gains of one arm: an array (seeds, photographs, tasks), draws averaged, NaN where `only`
-    leaves nothing; and the names of seeds, photographs and tasks.
-
-    key: "psnr", "ssim", "reward" or "exposure"; only: "hard" or "rest" of the images."""
-    cells = {}
-    for row in rows:
-        if only is None or bool(row["hard"]) == (only == "hard"):
-            cell = row["seed"], photo_of(row["image"]), row["task"]
-            cells.setdefault(cell, []).append(row[key])
-    seeds = [*by_seed(rows)]
-    photos = sorted({photo for _, photo, _ in cells})
-    tasks = list(dict.fromkeys(task for *_, task in cells))
-    shape = len(seeds), len(photos), len(tasks)
-    values = [np.mean(cells.get((s, p, t), np.nan)) for s in seeds for p in photos for t in tasks]
-    return np.array(values).reshape(shape), (seeds, photos, tasks)
-
-
-def mean_of_tasks(values):
+def mean_of_tasks(rows, key):
     """The mean over tasks of each task's mean over seeds and photographs."""
-    return np.nanmean(np.nanmean(values, axis=(-3, -2)), axis=-1)
+    return in_cells(rows, key).groupby("task").mean().mean()
 
 
-def interval(values, seed=0):
-    """(mean, low, high) of the mean over tasks, at 95 %; values as `gains` gives them. Of one seed
-    low and high are NaN.
+def interval(rows, key, over=("seed", "photo")):
+    """(mean, low, high) at 95 % of the mean over tasks of rows[key]: what it may be for other seeds
+    and other photographs, or for others of what `over` names. rows: with task, seed and photo. NaN
+    where there is one seed, or one photograph.
 
-    Two variances of the mean add up: that of bootstraps over photographs, and that of bootstraps
-    over seeds, each times n / (n − 1), since n draws of n vary less than new ones would. What is
-    peculiar to a photograph under a seed is counted twice, which is on the safe side. Student's t
-    has the degrees of freedom of Welch and Satterthwaite.
+    The mean is a sum over cells (task, seed, photo), so how far it is off is a sum of shares, too.
+    The shares of one seed are added up, squared, and added over the seeds, times n / (n − 1) since
+    every task's mean is that of its own n: a variance. That of photographs comes the same way; with
+    a photograph go all its tasks. Both are added. (What is peculiar to a photograph under a seed is
+    counted twice, which is on the safe side.) Student's t has Satterthwaite's degrees of freedom.
     """
-    n_seeds, n_photos, _ = values.shape
-    if n_photos < 2:
-        sys.exit("experiments/tables.py: one photograph has no interval; hold out more")
-    mean = mean_of_tasks(values)
-    if n_seeds < 2:
-        return mean, np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    variances = []
-    for n, of_axis in ((n_seeds, values), (n_photos, values.swapaxes(0, 1))):
-        drawn = rng.multinomial(n, np.ones(n) / n, RESAMPLES)  # how often each one is
-        there = np.isfinite(of_axis)
-        total, count = (
-            np.einsum("rn,nmt->rt", drawn, of_each)
-            for of_each in (np.where(there, of_axis, 0), there.astype(float))
-        )
-        with np.errstate(invalid="ignore"):
-            variances.append(np.var(np.nanmean(total / count, axis=1)) * n / (n - 1))
-    of_seeds, of_photos = variances
-    shares = of_seeds**2 / (n_seeds - 1) + of_photos**2 / (n_photos - 1)
-    freedom = sum(variances) ** 2 / shares if shares else 1.0
-    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances))
+    cells = in_cells(rows, key).rename("gain").reset_index()
+    of_tasks = cells.groupby("task")
+    off = cells["gain"] - of_tasks["gain"].transform("mean")
+    off = off / of_tasks["gain"].transform("size") / of_tasks.ngroups
+    variances, freedoms = [], []
+    for name in over:
+        n = of_tasks[name].transform("nunique")
+        shares = (off * np.sqrt(n / (n - 1).clip(lower=1))).groupby(cells[name]).sum()
+        variances.append((shares**2).sum())
+        freedoms.append(len(shares) - 1)
+    mean, variance = of_tasks["gain"].mean().mean(), sum(variances)
+    if min(freedoms) == 0:
+        return mean, math.nan, math.nan
+    spread = sum(v**2 / freedom for v, freedom in zip(variances, freedoms))
+    freedom = variance**2 / spread if spread else 1.0
+    half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     return mean, mean - half, mean + half
 
 
-def shown(mean, low, high, digits):
-    """A mean with its interval, if it has one."""
-    text = f"{mean:+.{digits}f}"
-    return text if np.isnan(low) else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def cell(values, scale=1.0, digits=3):
-    return shown(*(scale * v for v in interval(values)), digits)
+def shown(key, mean, low=math.nan, high=math.nan):
+    """A mean of psnr, ssim, reward or exposure with its interval, if it has one."""
+    scale, digits = SHOWN[key]
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (mean, low, high))
+    return f"{mean} [{low}, {high}]" if low != "+nan" else mean
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
-def per_task(arms):
+def per_task(rows):
     """The PSNR of the pre-trained model and the mean gains over it, in dB and reward, per task."""
-    start = pretrained(arms)
-    tables = []
-    for key, scale, digits, unit in (("psnr", 1, 3, "dB"), ("reward", 1e4, 1, "reward, 1e-4")):
-        rows = [["pre-trained model", *(f"{v:.2f}" for v in start.values())]] if scale == 1 else []
-        for arm, of_arm in arms.items():
-            values, (_, _, tasks) = gains(of_arm, key)
-            means = scale * np.nanmean(values, axis=(0, 1))
-            rows.append([arm, *(f"{mean:+.{digits}f}" for mean in means)])
-        tables.append(report.markdown([f"gain, {unit}", *tasks], rows))
+    tasks, tables = rows["task"].unique(), []
+    for key, unit in (("psnr", "dB"), ("reward", "reward, 1e-4")):
+        lines = []
+        if key == "psnr":
+            start = rows.groupby("task")["psnr_before"].mean()
+            lines.append(["pre-trained model", *(f"{start[task]:.2f}" for task in tasks)])
+        for arm, of_arm in rows.groupby("arm", sort=False):
+            means = in_cells(of_arm, key).groupby("task").mean()
+            lines.append([arm, *(shown(key, means[task]) for task in tasks)])
+        tables.append(report.markdown([f"gain, {unit}", *tasks], lines))
     return "\n\n".join(tables)
 
 
-def overall(arms, intervals):
+def overall(rows, intervals):
     """PSNR, SSIM and reward of all images, and PSNR and reward of the hard and the other ones."""
     head = ["gain over the pre-trained model", "seeds", "PSNR, dB", "SSIM, 1e-4", "reward, 1e-4"]
     head += ["hard 30 %: dB", "1e-4", "the rest: dB", "1e-4"]
-    rows = []
-    for arm, of_arm in arms.items():
-        row = [arm, len(by_seed(of_arm)), shown(*intervals[arm]["psnr"], 3)]
-        row += [shown(*(1e4 * v for v in intervals[arm][key]), 1) for key in ("ssim", "reward")]
-        for part in ("hard", "rest"):
-            row.append(f"{mean_of_tasks(gains(of_arm, 'psnr', part)[0]):+.3f}")
-            row.append(f"{1e4 * mean_of_tasks(gains(of_arm, 'reward', part)[0]):+.1f}")
-        rows.append(row)
-    return report.markdown(head, rows)
+    lines = []
+    for arm, of_arm in rows.groupby("arm", sort=False):
+        line = [arm, of_arm["seed"].nunique()]
+        line += [shown(key, *found) for key, found in intervals[arm].items()]
+        for part in (of_arm[of_arm["hard"] == 1], of_arm[of_arm["hard"] == 0]):
+            line += [shown(key, mean_of_tasks(part, key)) for key in ("psnr", "reward")]
+        lines.append(line)
+    return report.markdown(head, lines)
 
 
-def last_validations(rows):
-    """{seed: the row of the mean over tasks at the end}, of one arm's rows of validation.csv."""
-    means = [row for row in rows if row["task"] == "mean"]
-    return {row["seed"]: row for row in sorted(means, key=lambda row: row["step"])}
+def at_the_end(rows):
+    """The gains of PSNR and reward at the last validation, means over tasks, of every (arm, seed).
+    rows: of validation.csv."""
+    means = rows[rows["task"] == "mean"].sort_values("step", kind="stable")
+    return means.groupby(RUN)[["psnr", "reward"]].last()
 
 
-def on_validation(arms):
+def on_validation(rows):
     """The gains at the last validation, which is what settings are chosen on: their mean over
-    seeds, and the lowest and highest seed. arms: rows of validation.csv."""
-    rows = []
-    for arm, of_arm in arms.items():
-        last = last_validations(of_arm)
-        row = [arm, len(last)]
-        for key, scale, digits, _ in KEYS:
-            found = [scale * of_seed[key] for of_seed in last.values()]
-            three = np.mean(found), min(found), max(found)
-            mean, low, high = (f"{value:+.{digits}f}" for value in three)
-            row.append(f"{mean} ({low} to {high})")
-        rows.append(row)
-    return report.markdown(["on the validation images", "seeds", "PSNR, dB", "reward, 1e-4"], rows)
+    seeds, and the lowest and highest seed."""
+    lines, last = [], at_the_end(rows)
+    for arm in rows["arm"].unique():
+        line = [arm, len(last.loc[arm])]
+        for key, found in last.loc[arm].items():
+            mean, low, high = (shown(key, v) for v in (found.mean(), found.min(), found.max()))
+            line.append(f"{mean} ({low} to {high})")
+        lines.append(line)
+    return report.markdown(["on the validation images", "seeds", "PSNR, dB", "reward, 1e-4"], lines)
 
 
-def minus(rows, others):
+def minus(rows, one, other):
     """The rows of one arm with its gains minus those of another, on the seeds that both have."""
-    keys = ("psnr", "ssim", "reward", "exposure")
-    theirs = {(row["seed"], row["task"], row["image"]): row for row in others}
-    shared = by_seed(rows).keys() & by_seed(others).keys()
-    differences = []
-    for row in (row for row in rows if row["seed"] in shared):
-        other = theirs[row["seed"], row["task"], row["image"]]
-        differences.append(
-            row | {key: row[key] - other[key] for key in keys if key in row and key in other}
-        )
-    return differences
+    keys = [key for key in SHOWN if key in rows]
+    mine, theirs = (
+        rows[rows["arm"] == arm].set_index(["seed", "task", "image"]) for arm in (one, other)
+    )
+    difference = mine.assign(**(mine[keys] - theirs[keys]).reindex(mine.index))
+    return difference.dropna(subset="psnr").reset_index()
 
 
-def difference(arms, one, other):
+def difference(rows, one, other):
     """How much more one arm gains than another on the same seeds."""
-    keys = [*KEYS]
-    if all("exposure" in row for name in (one, other) for row in arms[name]):
-        keys.append(("exposure", 1e4, 1, "1e-4 of exposure"))
-    rows = minus(arms[one], arms[other])
-    if not rows:
+    units = dict(psnr="dB", reward="1e-4", exposure="1e-4 of exposure")
+    both = minus(rows, one, other)
+    if both.empty:
         return f"{one} minus {other}: no seed in common"
-    lines = [
-        f"{cell(gains(rows, key)[0], scale, digits)} {unit}" for key, scale, digits, unit in keys
-    ]
-    return f"{one} minus {other}, {len(by_seed(rows))} seeds: {', '.join(lines)}"
+    asked = rows[rows["arm"].isin([one, other])]
+    keys = [key for key in units if asked[key].notna().all()]
+    words = [f"{shown(key, *interval(both, key))} {units[key]}" for key in keys]
+    return f"{one} minus {other}, {both['seed'].nunique()} seeds: {', '.join(words)}"
 
 
-def in_validation(arms, one, other):
+def in_validation(rows, one, other):
     """The same on the validation images: the mean, and how many seeds are above 0."""
-    last = last_validations(arms[one]), last_validations(arms[other])
-    shared = sorted(last[0].keys() & last[1].keys())
-    parts = []
-    for key, scale, digits, unit in KEYS:
-        values = [scale * (last[0][seed][key] - last[1][seed][key]) for seed in shared]
-        above = sum(value > 0 for value in values)
-        parts.append(f"{np.mean(values):+.{digits}f} ({above} of {len(shared)} above 0) {unit}")
-    return f"validation {', '.join(parts)}"
+    last = at_the_end(rows)
+    both, words = (last.loc[one] - last.loc[other]).dropna(), []
+    for key, unit in (("psnr", "dB"), ("reward", "1e-4")):
+        above = f"{(both[key] > 0).sum()} of {len(both)} above 0"
+        words.append(f"{shown(key, both[key].mean())} ({above}) {unit}")
+    return f"validation {', '.join(words)}"
 
 
-def in_training(arms, one, other):
+def in_training(rows, one, other):
     """How much higher the reward of the rollouts is in the second half of training under one arm
-    than under another on the same crops, with Student's interval over seeds. arms: rows of
-    training.csv."""
-    means = []
-    for name in (one, other):
-        last = max(row["step"] for row in arms[name])
-        late = [row for row in arms[name] if row["step"] > last / 2]
-        means.append({seed: report.mean(of, "reward") for seed, of in by_seed(late).items()})
-    shared = sorted(means[0].keys() & means[1].keys())
-    values = 1e4 * np.array([means[0][seed] - means[1][seed] for seed in shared])
-    mean, half, seeds = values.mean(), np.nan, "1 seed"
-    if len(values) > 1:
-        half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-        seeds = f"{len(values)} seeds"
-    difference = shown(mean, mean - half, mean + half, 1)
-    return f"{difference} 1e-4 of the rollouts' reward in training, {seeds}"
+    than under another on the same crops, with an interval over seeds. rows: of training.csv."""
+    late = rows[rows["step"] > rows.groupby("arm")["step"].transform("max") / 2]
+    means = late.groupby(RUN)["reward"].mean()
+    both = (means[one] - means[other]).dropna().reset_index().assign(task="all", photo="all")
+    words = shown("reward", *interval(both, "reward", over=["seed"]))
+    return f"{words} 1e-4 of the rollouts' reward in training, {len(both)} seed(s)"
 
 
 # ----------------------------------------------------------------------------------------- program
 
 
-def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/results")
+def run_program(argv):
+    folder = Path(argv[0] if argv else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    arms, measured, validations, training = (
-        read(folder / f"{name}.csv") for name in ("gains", "measured", "validation", "training")
-    )
-    if not arms and not validations:
-        sys.exit(f"experiments/tables.py: {folder} holds no ARM/SEED/report.json")
-    if validations:
-        print(on_validation(validations), "\n")
-        figures.curves(folder / "curves.png", validations)
-    if training:
-        figures.training(
-            folder / "training.png", {arm: by_seed(of) for arm, of in training.items()}
+    gains, measured, validation, training = (read(folder / f"{name}.csv") for name in COLUMNS)
+    if gains.empty and validation.empty:
+        raise runs.RunError(
+            f"{folder} holds no ARM/SEED/report.json: make some by python -m experiments.run"
         )
-    if arms:
-        keys = ("psnr", "ssim", "reward")
+    if len(validation):
+        print(on_validation(validation), end="\n\n")
+        figures.curves(folder / "curves.png", validation)
+    if len(training):
+        figures.training(folder / "training.png", training)
+    if len(gains):
+        check_same(
+            gains, "psnr_before", 0.01, "began with another model, or was measured on other images,"
+        )
+        check_same(gains, "reward_before", 1e-3, "was measured by another reward")
         intervals = {
-            arm: {key: interval(gains(rows, key)[0]) for key in keys} for arm, rows in arms.items()
+            arm: {key: interval(rows, key) for key in ("psnr", "ssim", "reward")}
+            for arm, rows in gains.groupby("arm", sort=False)
         }
-        print(per_task(arms), overall(arms, intervals), "", sep="\n\n")
+        print(per_task(gains), overall(gains, intervals), sep="\n\n", end="\n\n")
         figures.gains(folder / "gains.png", intervals)
     for one, other in PAIRS:
-        if {one, other} <= arms.keys():
-            print(difference(arms, one, other))
-        if {one, other} <= validations.keys():
-            print(f"{one} minus {other}: {in_validation(validations, one, other)}")
-        if {one, other} <= measured.keys():
+        gained, chosen, again, trained = (
+            {one, other} <= {*rows["arm"]} for rows in (gains, validation, measured, training)
+        )
+        if gained:
+            print(difference(gains, one, other))
+        if chosen:
+            print(f"{one} minus {other}: {in_validation(validation, one, other)}")
+        if again:
             print(f"validation images: {difference(measured, one, other)}")
-        if "shuffled" in other and {one, other} <= training.keys():
+        if trained and "shuffled" in other:
             print(f"{one} minus {other}: {in_training(training, one, other)}")
 
 
+def main(argv=None):
+    return runs.program("experiments.tables", run_program, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
