@@ -1,11 +1,12 @@
-"""Time and memory of one IRPO step, and of AdaIR's forward, each against the same thing
-written plainly.
+"""Time and memory of one IRPO step, and of AdaIR's forward, each against the same thing written
+plainly.
 
-    python -m experiments.bench                  a step, its parts and inference; the demo model
+    python -m experiments.bench                  a step and inference; the demo model
     python -m experiments.bench --model paper    the same at the published size, random weights
 
 Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of
-medians. Figures of two runs, and of two machines, cannot be compared.
+medians. Figures of two runs, and of two machines, cannot be compared. What is written plainly here
+is what the tests hold the fast code to.
 """
 
 import contextlib
@@ -16,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -27,26 +27,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+import report
 import runs
 import train
 from config import DEMO_MODEL, parse
 from data import DataError, in_draws, list_training
-from grpo import group_advantages, grpo_loss, rollout, supervised_losses, total_loss
-from model import (
-    AFLB,
-    AdaIR,
-    Attention,
-    CheckpointError,
-    CrossAttention,
-    Encoding,
-    FeedForward,
-    LayerNorm,
-    Resample,
-    load_adair,
-)
+from grpo import rollout
+from model import AdaIR, CheckpointError, load_adair
 from rewards import Reward, parse_terms
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of the weights
 
 
 @dataclass
@@ -65,8 +53,8 @@ class Config:
     """images, of the step"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16: autocast on our side alone; fp64: of both backbones"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, on our side alone"""
     sizes: tuple[int, ...] = (256, 512)
     """px a side, of inference"""
     repeats: int = 5
@@ -85,166 +73,137 @@ def check(config):
 
 
 # ------------------------------------------------------------------------- AdaIR, written plainly
-# What `model.py` does otherwise, the way the equations read: forward methods that take the place of
-# ours.
+# The way the equations read. Of `model.py` only the layers and their weights are used.
 
 
-def plain_layer_norm(self, x):
+def norm(layer, x):
     x = x.permute(0, 2, 3, 1)
     mean, variance = x.mean(dim=-1, keepdim=True), x.var(dim=-1, keepdim=True, correction=0)
-    x = (x - mean) / torch.sqrt(variance + 1e-5) * self.body.weight + self.body.bias
+    x = (x - mean) / torch.sqrt(variance + 1e-5) * layer.body.weight + layer.body.bias
     return x.permute(0, 3, 1, 2)
 
 
-def plain_channel_attention(q, k, v, temperature):
+def channel_attention(q, k, v, temperature):
+    """softmax(τ · q̂ k̂ᵀ) · v between channels, in len(temperature) heads; maps (B, C, H, W)."""
     b, c, h, w = q.shape
     q, k, v = (t.reshape(b, len(temperature), -1, h * w) for t in (q, k, v))
     scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
     return ((scores * temperature).softmax(dim=-1) @ v).reshape(b, c, h, w)
 
 
-def plain_attention(self, x):
-    q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-    return self.project_out(plain_channel_attention(q, k, v, self.temperature))
+def self_attention(block, x):
+    q, k, v = block.qkv_dwconv(block.qkv(x)).chunk(3, dim=1)
+    return block.project_out(channel_attention(q, k, v, block.temperature))
 
 
-def plain_cross_attention(self, x, y):
-    k, v = self.kv_dwconv(self.kv(y)).chunk(2, dim=1)
-    return self.project_out(
-        plain_channel_attention(self.q_dwconv(self.q(x)), k, v, self.temperature)
-    )
+def cross_attention(block, x, y):
+    q, (k, v) = block.q_dwconv(block.q(x)), block.kv_dwconv(block.kv(y)).chunk(2, dim=1)
+    return block.project_out(channel_attention(q, k, v, block.temperature))
 
 
-def plain_feed_forward(self, x):
-    gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
-    return self.project_out(F.gelu(gate) * value)
+def feed_forward(block, x):
+    gate, value = block.dwconv(block.project_in(x)).chunk(2, dim=1)
+    return block.project_out(F.gelu(gate) * value)
 
 
-def plain_aflb(self, x, y, mask_rule, rates, control=None):
-    """Spec of the original: roll, mask, roll back and invert, once for either band; the mask is
-    filled in a loop."""
-    b, _, h, w = y.shape
-    f = self.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
+def transformer(blocks, x):
+    for block in blocks:
+        x = x + self_attention(block.attn, norm(block.norm1, x))
+        x = x + feed_forward(block.ffn, norm(block.norm2, x))
+    return x
+
+
+def aflb(block, x, y, constant_rates, control):
+    """Spectrum rolled, masked, rolled back and inverted, once for either band; the mask is filled
+    in a loop."""
+    h, w = y.shape[-2:]
+    f = block.conv1(F.interpolate(x, (h, w), mode="bilinear", align_corners=False))
+    rates, g_f, g_o = f.new_tensor([constant_rates] * len(f)), 1.0, 1.0
     if control is not None:
         controls = control(f, y)
-        rate, g_f, g_o = controls[:, :2], *controls[:, 2:, None, None, None].unbind(dim=1)
-    elif mask_rule == "adair":
-        rate = self.rate_conv(f.mean(dim=(2, 3), keepdim=True)).flatten(1).sigmoid()
-    else:
-        rate = f.new_tensor(rates).expand(b, 2)
+        rates, g_f, g_o = controls[:, :2], *controls[:, 2:, None, None, None].unbind(dim=1)
     mask = torch.zeros_like(f)
-    for i in range(b):
-        rows = int(self.half_size(rate[i, 0], h, mask_rule))
-        columns = int(self.half_size(rate[i, 1], w, mask_rule))
-        inside = slice(h // 2 - rows, h // 2 + rows), slice(w // 2 - columns, w // 2 + columns)
-        mask[i, :, *inside] = 1
+    for of_image, (r_h, r_l) in zip(mask, rates.tolist()):
+        a, b = round(r_h * h / 2 + 1e-4), round(r_l * w / 2 + 1e-4)  # as in model.py where it ties
+        of_image[:, h // 2 - a : h // 2 + a, w // 2 - b : w // 2 + b] = 1
     spectrum = torch.roll(torch.fft.fft2(f, norm="forward"), (h // 2, w // 2), dims=(2, 3))
-
-    def back(part):
-        return torch.fft.ifft2(
-            torch.roll(part, (-(h // 2), -(w // 2)), dims=(2, 3)), norm="forward"
-        ).abs()
-
-    low, high = back(spectrum * mask), back(spectrum * (1 - mask))
-    high, low = self.channel_cross_l(high, y), self.channel_cross_h(low, y)
-    o = self.channel_cross_agg(y, self.frequency_refine(low, high))
-    if control is None:
-        return self.para2 * y + self.para1 * o
-    return g_f * (self.para2 * y) + g_o * (self.para1 * o)
+    bands = []
+    for part in (spectrum * mask, spectrum * (1 - mask)):
+        part = torch.roll(part, (-(h // 2), -(w // 2)), dims=(2, 3))
+        bands.append(torch.fft.ifft2(part, norm="forward").abs())
+    low = cross_attention(block.channel_cross_h, bands[0], y)
+    high = cross_attention(block.channel_cross_l, bands[1], y)
+    o = cross_attention(block.channel_cross_agg, y, block.frequency_refine(low, high))
+    return g_f * (block.para2 * y) + g_o * (block.para1 * o)  # Eq. 5
 
 
-def plain_resample(self, x):
-    return self.body(x)
+def plain_adair(model, x, controller=None):
+    """What model(x, controller) computes under mask rule fraction."""
+
+    def decided(level, y):
+        control = controller and partial(controller, level)
+        block = (model.fre1, model.fre2, model.fre3)[level]
+        return aflb(block, x, y, model.config["rates"], control)
+
+    skip1 = transformer(model.encoder_level1, model.patch_embed.proj(x))
+    skip2 = transformer(model.encoder_level2, model.down1_2.body(skip1))
+    skip3 = transformer(model.encoder_level3, model.down2_3.body(skip2))
+    y = transformer(model.latent, model.down3_4.body(skip3))
+    y = torch.cat((model.up4_3.body(decided(0, y)), skip3), dim=1)
+    y = transformer(model.decoder_level3, model.reduce_chan_level3(y))
+    y = torch.cat((model.up3_2.body(decided(1, y)), skip2), dim=1)
+    y = transformer(model.decoder_level2, model.reduce_chan_level2(y))
+    y = torch.cat((model.up2_1.body(decided(2, y)), skip1), dim=1)
+    y = transformer(model.refinement, transformer(model.decoder_level1, y))
+    return model.output(y) + x
 
 
-def plain_encode(self, x):
-    skip1 = self.encoder_level1(self.patch_embed(x))
-    skip2 = self.encoder_level2(self.down1_2(skip1))
-    skip3 = self.encoder_level3(self.down2_3(skip2))
-    return Encoding(x, skip1, skip2, skip3, self.latent(self.down3_4(skip3)))
+# -------------------------------------------------------------------------- a step, written plainly
 
 
-PLAIN = {
-    LayerNorm: plain_layer_norm,
-    Attention: plain_attention,
-    CrossAttention: plain_cross_attention,
-    FeedForward: plain_feed_forward,
-    AFLB: plain_aflb,
-    Resample: plain_resample,
-}
+def plain_step(restore, policy, reference, reward, batch, actions, beta=0.04, tau=0.01, eps=1e-6):
+    """The loss of a step, Eq. 7, with graph: image by image and rollout by rollout, every rollout a
+    forward of its own with graph, rewarded by itself, densities by torch.distributions.
 
-
-def plain_adair(model):
-    """A copy of the model that computes the same the plain way, in the layout its layers happen to
-    return."""
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for module in plain.modules():
-        if type(module) in PLAIN:
-            module.forward = types.MethodType(PLAIN[type(module)], module)
-    plain.encode = types.MethodType(plain_encode, plain)
-    return plain
-
-
-def plain_step(state, reward, batch, config, actions):
-    """The step of `train.post_train` with these actions (B, G, 3, 4), written plainly: every
-    rollout a forward of its own with graph, every image rewarded by itself. Leaves gradients;
-    returns the loss."""
-    model, policy = state.live.values()
-    states, scores, best, deterministic = [], [], [], []
-    for b in range(len(batch.gt)):
-        one = slice(b, b + 1)
-        x, truth, outputs, r = batch.degraded[one], batch.gt[one], [], []
-        for action in actions[b]:
+    restore(x, controller): the model. actions: (B, G, 3, 4), which the policy has just drawn, so
+    that ρ is 1 and the clip of Eq. 10 does nothing. Both λ are those at the start.
+    """
+    losses = []
+    for b, of_image in enumerate(actions):
+        x, gt, task = batch.degraded[b : b + 1], batch.gt[b : b + 1], batch.tasks[b : b + 1]
+        outputs, rewards, ratios, rest = [], [], [], []
+        for action in of_image:
             controller = policy.replay(action[None])
-            outputs.append(model(x, controller))
-            states.append(controller.states)
-            r.append(reward(outputs[-1][:, None], x, truth, batch.tasks[one])[0].item())
-        best.append(outputs[r.index(max(r))])
-        deterministic.append(model(x, policy.mean()))
-        scores.append(r)
-    advantages = group_advantages(torch.tensor(scores, device=batch.gt.device))
-    losses = supervised_losses(torch.cat(best), torch.cat(deterministic), batch.gt)
-    shape = actions.shape[:2]
-    states = [
-        [torch.cat(kind).unflatten(0, shape) for kind in zip(*level)] for level in zip(*states)
-    ]
-    with torch.no_grad():
-        old, ref = (heads.evaluate(states, actions)[0] for heads in (policy, state.reference))
-    log_prob, entropy, _ = policy.evaluate(states, actions)
-    weights = config.policy.clip, config.policy.kl_beta, config.policy.entropy_tau
-    loss_rl, _ = grpo_loss(log_prob, old, ref, advantages, entropy, *weights)
-    loss = total_loss(loss_rl, *losses, state.progress)
-    loss.backward()
-    return loss
+            y = restore(x, controller)  # Eq. 4, 5
+            density, start = (
+                torch.distributions.Beta(*heads.densities(controller.states))
+                for heads in (policy, reference)
+            )
+            log_prob, ref = (d.log_prob(action).sum() for d in (density, start))  # Eq. 23
+            ratio = (log_prob - log_prob.detach()).exp()  # Eq. 9
+            kl, entropy = ratio * (log_prob - ref.detach()), density.entropy().sum()  # Eq. 11
+            outputs.append(y)
+            rewards.append(reward(y.detach()[:, None], x, gt, task)[0].squeeze())  # Eq. 22
+            ratios.append(ratio)
+            rest.append(beta * kl - tau * entropy)
+        r = torch.stack(rewards)
+        advantages = (r - r.mean()) / ((r - r.mean()).square().mean() + eps).sqrt()  # Eq. 8
+        loss_rl = (torch.stack(rest) - torch.stack(ratios) * advantages).mean()  # Eq. 6, 10
+        best, mean = outputs[r.argmax()], restore(x, policy.mean())
+        sup, cons = (best - gt).abs().mean(), (best - mean).abs().mean()  # Eq. 1, 2
+        losses.append(loss_rl + 0.35 * sup + 0.2 * cons)
+    return torch.stack(losses).mean()
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
-def wait_for(device):
+def now(device):
+    """Seconds, when the device has done what it was asked for."""
+    gc.collect()
     if runs.on_gpu(device):
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def stopwatch(device, times):
-    """Appends the seconds that the block takes to `times`."""
-    gc.collect()
-    wait_for(device)
-    start = time.perf_counter()
-    yield
-    wait_for(device)
-    times.append(time.perf_counter() - start)
-
-
-def seconds(functions, repeats, device):
-    """Medians of `repeats` timings of every function, taken in turns after one warm-up each."""
-    times = [[] for _ in functions]
-    for _ in range(repeats + 1):
-        for function, taken in zip(functions, times):
-            with stopwatch(device, taken):
-                function()
-    return [statistics.median(taken[1:]) for taken in times]
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -270,91 +229,82 @@ def peak_memory(device, peaks):
     peaks.append(peak / 2**20)
 
 
-def memory_of(function, device):
-    peaks = []
-    with peak_memory(device, peaks):
-        function()
-    return peaks[0]
-
-
 def gradients(*modules):
     named = (pair for module in modules for pair in module.named_parameters())
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def distance(ours, plain):
-    """Of two sets of gradients {name: tensor}: ‖a − b‖/‖b‖ of all in one vector; the largest max|a
-    − b|/max|b| of a tensor, and its name."""
+    """Of two sets of gradients {name: tensor} as one vector each: ‖a − b‖/‖b‖."""
     assert ours.keys() == plain.keys()
-    difference = torch.stack([(ours[k] - g).norm() for k, g in plain.items()]).norm()
-    whole = difference / torch.stack([g.norm() for g in plain.values()]).norm()
-
-    def of_one(name):
-        largest = plain[name].abs().max().clamp(min=1e-30)
-        return ((ours[name] - plain[name]).abs().max() / largest).item()
-
-    name = max(plain, key=of_one)
-    return whole.item(), of_one(name), name
+    difference = torch.stack([(ours[name] - g).norm() for name, g in plain.items()]).norm()
+    return (difference / torch.stack([g.norm() for g in plain.values()]).norm()).item()
 
 
 class TimedRun(runs.Run):
-    """A run whose loop is given one batch again and again, and is timed.
+    """A run whose loop is given one batch again and again. In turns with it the plain step is timed
+    on the same batch. Leaves seconds, MiB, loss and gradient of both, [ours, plain] each."""
 
-    rivals(state, batch) -> functions that are timed in turns with it. `times` has, of the loop and
-    then of each rival, a list of seconds, the first of a warm-up; `peaks` the MiB of the loop's
-    step. loss and gradient are those of the first.
-    """
+    def __init__(self, folder, config, flags, reward):
+        super().__init__(folder, runs.Stop(), "", config.device, save_every=1 << 60)
+        self.config, self.flags, self.reward = config, flags, reward
+        self.times, self.peaks = ([], []), []
 
-    def __init__(self, folder, device, repeats, dtype, rivals):
-        super().__init__(folder, runs.Stop(), "", device, save_every=1 << 60)
-        self.repeats, self.dtype, self.rivals = repeats, dtype, rivals
-        self.peaks = []
-
-    def batches(self, crops, size):
-        device, state = self.device, self.state
-        self.crops = 0  # the state stays what it is
+    def batches(self, crops, size, until=None):
+        state, device = self.state, self.device
+        model, policy = state.live.values()
         for parameter in state.reference.parameters():  # else the KL and its gradient are 0
             parameter.data += 0.02 * torch.randn_like(parameter)
+        self.crops = 0  # so that the state stays what it is
         batch = crops.collate([crops[n] for n in range(size)])
-        degraded, gt = (t.to(device, self.dtype) for t in (batch.degraded, batch.gt))
-        batch = batch._replace(degraded=degraded, gt=gt)
-        self.names, rivals = batch.names, self.rivals(state, batch)
-        self.times = [[] for _ in (self, *rivals)]
-        for turn in range(self.repeats + 1):
-            with stopwatch(device, self.times[0]):
-                yield batch
-            if turn == 0:
-                self.gradient = gradients(*state.live.values())
-            for rival, taken in zip(rivals, self.times[1:]):
-                with stopwatch(device, taken):
-                    rival()
-        state.live.zero_grad()
+        degraded, gt = (t.to(device, model.output.weight.dtype) for t in (batch.degraded, batch.gt))
+        batch, self.names = batch._replace(degraded=degraded, gt=gt), batch.names
+        with torch.no_grad(), train.half_precision(self.flags):
+            generators = train.action_generators(self.flags, batch.numbers)
+            encoding = model.encode(degraded)
+            group = rollout(model, policy, encoding, self.config.group_size, generators)
+
+        # in the layout that plain layers happen to return
+        plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        heads = copy.deepcopy(policy)
+        optimizer = torch.optim.Adam([*plain.parameters(), *heads.parameters()], lr=0.0, fused=True)
+
+        def step():
+            optimizer.zero_grad()
+            restore = partial(plain_adair, plain)
+            loss = plain_step(restore, heads, state.reference, self.reward, batch, group.actions)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        for _ in range(self.config.repeats + 1):  # the first are slower
+            start = now(device)
+            yield batch
+            between = now(device)
+            plain_loss = step()
+            self.times[0].append(between - start), self.times[1].append(now(device) - between)
+        logged = next(runs.read_metrics(self.folder))["loss/total"]
+        self.losses = logged, plain_loss
+        self.gradients = gradients(model, policy), gradients(plain, heads)
+        state.live.zero_grad(), optimizer.zero_grad()
         with peak_memory(device, self.peaks):
             yield batch
-
-    def finish(self, metrics):
-        self.metrics = metrics
-        super().finish(metrics)
-
-    def medians(self):
-        return [statistics.median(taken[1:]) for taken in self.times]
+        with peak_memory(device, self.peaks):
+            step()
 
 
-def time_step(config, model, rivals):
+def time_step(config, model):
     """The loop of `train.post_train` at rates of 0, on real crops: the TimedRun, when it is
     over."""
     flags = ["--lr", 0, "--hard-ratio", 1, "--device", config.device, "--seed", config.seed]
     flags += ["--crop", config.crop, "--group-size", config.group_size]
-    flags += ["--batch-size", config.batch_size]
-    flags += ["--amp", "bf16" if config.dtype == "bf16" else "fp32"]
+    flags += ["--batch-size", config.batch_size, "--amp", config.dtype]
     flags = parse([str(flag) for flag in flags])
     samples = in_draws(list_training(None).train, 6, config.crop)[::9]  # of all tasks
     reward = Reward(parse_terms("default"), config.device)
-    dtype = model.output.weight.dtype
-    with tempfile.TemporaryDirectory() as folder:
-        rivals = partial(rivals, reward, flags)
-        talk = contextlib.redirect_stdout(sys.stderr)  # what a run says is no figure
-        with talk, TimedRun(folder, config.device, config.repeats, dtype, rivals) as run:
+    talk = contextlib.redirect_stdout(sys.stderr)  # what a run says is no figure
+    with tempfile.TemporaryDirectory() as folder, talk:
+        with TimedRun(folder, config, flags, reward) as run:
             train.post_train(flags, run, model, reward, samples[: config.batch_size], [])
     return run
 
@@ -371,110 +321,71 @@ def build(config):
         model = AdaIR(mask_rule="fraction", rates=(0.25, 0.25)).eval()
         for block in (model.fre1, model.fre2, model.fre3):
             torch.nn.init.normal_(block.para1, std=0.1)  # 0 in a fresh one: no gradient behind it
-    dtype = DTYPES[config.dtype]
-    return model.to(config.device, dtype, memory_format=torch.channels_last)
+    return model.to(config.device, memory_format=torch.channels_last)
 
 
 def bench_step(config):
-    """Our step against the plain one, and against the sum of what it cannot avoid."""
-    found = {}
-
-    def rivals(reward, flags, state, batch):
-        plain, (model, policy) = copy.copy(state), state.live.values()
-        both = dict(model=plain_adair(model), policy=copy.deepcopy(policy))
-        plain.live = torch.nn.ModuleDict(both)
-        groups = [module.parameters() for module in both.values()]
-        optimizer = torch.optim.Adam([dict(params=p, lr=0.0) for p in groups], fused=True)
-        half = partial(train.half_precision, flags)
-        with torch.no_grad(), half():
-            encoding = model.encode(batch.degraded)
-            generators = train.action_generators(flags, batch.numbers)
-            group = rollout(model, policy, encoding, config.group_size, generators)
-
-        def step_plainly():
-            optimizer.zero_grad()
-            found["loss"] = plain_step(plain, reward, batch, flags, group.actions).item()
-            found.setdefault("gradient", gradients(*plain.live.values()))
-            optimizer.step()
-
-        def encode():
-            model.zero_grad()
-            with half():
-                code = model.encode(batch.degraded)
-            torch.autograd.backward(code[1:], [torch.ones_like(t) for t in code[1:]])
-
-        def decode_group():
-            with torch.no_grad(), half():
-                model.decode(encoding, policy.mean(), copies=config.group_size)
-
-        def decode_pair():
-            model.zero_grad()
-            with half():
-                restored = model.decode(encoding, policy.mean(), copies=2)
-            restored.mean().backward()
-
-        found["step"], found["zero"] = step_plainly, optimizer.zero_grad
-        return step_plainly, encode, decode_group, decode_pair
-
-    run = time_step(config, build(config), rivals)
-    found["zero"]()
-    peaks = [run.peaks[0], memory_of(found["step"], config.device)]
-    whole, worst, name = distance(run.gradient, found["gradient"])
-    loss = abs(run.metrics["loss/total"] - found["loss"]) / abs(found["loss"])
-    print(f"  relative differences: loss {loss:.1e}, gradient {whole:.1e}, {worst:.1e} in {name}")
-    ours, plain, *parts = run.medians()
-    print(f"  {'step':34} {1000 * ours:9.1f} ms {peaks[0]:8.0f} MiB")
-    print(f"  {'plain step':34} {1000 * plain:9.1f} ms {peaks[1]:8.0f} MiB")
-    print(f"  {'plain / ours':34} {plain / ours:9.2f}    {peaks[1] / peaks[0]:8.2f}")
-    group = f"decode {config.group_size} without graph"
-    names = ("encode, forward and backward", group, "decode 2, forward and backward")
-    for name, taken in zip(names, parts):
-        print(f"    {name:32} {1000 * taken:9.1f} ms")
-    print(f"  {'step / sum of these parts':34} {ours / sum(parts):9.2f}")
+    """Our step against the plain one: a line of the table."""
+    run = time_step(config, build(config))
+    loss = abs(run.losses[0] / run.losses[1] - 1)
+    difference = f"loss {loss:.0e}, gradient {distance(*run.gradients):.0e}"
+    name = f"step, crop {config.crop}, G = {config.group_size}, B = {config.batch_size}"
+    return line(name, run.times, run.peaks, difference)
 
 
-def bench_inference(config):
-    """AdaIR's forward against the plain one's, without graph."""
-    model = build(config)
-    plain = plain_adair(model)
-    amp = partial(torch.autocast, torch.device(config.device).type, torch.bfloat16)
-    for side in config.sizes:
-        x = torch.rand(1, 3, side, side, device=config.device, dtype=model.output.weight.dtype)
+@torch.inference_mode()
+def bench_inference(config, side):
+    """AdaIR's forward against the plain one's, without graph: a line of the table."""
+    device = config.device
+    half = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.dtype == "bf16")
+    model, plain = build(config), build(config).to(memory_format=torch.contiguous_format)
+    both = half(model), partial(plain_adair, plain)
+    x, times, peaks = torch.rand(1, 3, side, side, device=device), ([], []), []
+    for _ in range(config.repeats + 1):  # the first are slower
+        for restore, taken in zip(both, times):
+            start = now(device)
+            restored = restore(x)
+            taken.append(now(device) - start)
+    for restore in both:
+        with peak_memory(device, peaks):
+            restore(x)
+    difference = (both[0](x) - restored).abs().max().item()
+    return line(f"forward at {side} px", times, peaks, f"{difference:.0e}")
 
-        @torch.inference_mode()
-        def run(net, x=x, half=False):
-            with amp(enabled=half):
-                return net(x)
 
-        both = partial(run, model, half=config.dtype == "bf16"), partial(run, plain)
-        difference = (both[0]() - both[1]()).abs().max().item()
-        ours, plainly = seconds(both, config.repeats, config.device)
-        memory = [memory_of(function, config.device) for function in both]
-        print(f"  {side} px: {1000 * ours:.0f} ms, plain {1000 * plainly:.0f} ms")
-        print(
-            f"    plain / ours {plainly / ours:.2f}, memory {memory[1] / memory[0]:.2f}", end="; "
-        )
-        print(f"{memory[0]:.0f} MiB; largest difference {difference:.1e}")
+def line(name, times, peaks, difference):
+    """A line of the table from seconds, the first of a warm-up, and MiB, each of ours and plain."""
+    ours, plain = (1000 * statistics.median(taken[1:]) for taken in times)
+    cells = [f"{ours:.0f}", f"{plain:.0f}", f"{plain / ours:.2f}"]
+    return [
+        name,
+        *cells,
+        *(f"{mib:.0f}" for mib in peaks),
+        f"{peaks[1] / peaks[0]:.2f}",
+        difference,
+    ]
 
 
 def run_program(argv):
     """The program with these flags."""
-    config = runs.flags(Config, "bench.py", __doc__, argv)
+    config = runs.flags(Config, "experiments.bench", __doc__, argv)
     check(config)
-    gpu = runs.on_gpu(config.device)
+    rows = []
+    if config.what != "inference":
+        rows.append(bench_step(config))
+    if config.what != "step":
+        rows += [bench_inference(config, side) for side in config.sizes]
     threads = f"{torch.get_num_threads()} CPU threads"
-    where = torch.cuda.get_device_name(config.device) if gpu else threads
-    how = f"{config.dtype}{' (plain: fp32)' if config.dtype == 'bf16' else ''}, {where}"
-    benches = dict(step=bench_step, inference=bench_inference)
-    for name, bench in benches.items():
-        if config.what in (name, "both"):
-            print(f"{name}: model {config.model}, {how}, torch {torch.__version__}", end=", ")
-            print(f"seed {config.seed}, {config.repeats} repeats", flush=True)
-            bench(config)
+    on_gpu = runs.on_gpu(config.device)
+    where = torch.cuda.get_device_name(config.device) if on_gpu else threads
+    print(f"model {config.model}, {config.dtype}, {where}, torch {torch.__version__}, ", end="")
+    print(f"seed {config.seed}, medians of {config.repeats}\n")
+    head = ["", "ours, ms", "plain, ms", "ratio", "ours, MiB", "plain, MiB", "ratio"]
+    print(report.markdown([*head, "difference"], rows))
 
 
 def main(argv=None):
-    return runs.program("bench.py", run_program, argv, (DataError, CheckpointError))
+    return runs.program("experiments.bench", run_program, argv, (DataError, CheckpointError))
 
 
 if __name__ == "__main__":

@@ -243,8 +243,8 @@ def post_train(folder, net, reward, samples, *flags):
 
 
 def test_one_step_is_what_the_equations_say(tmp_path):
-    """Loss and gradients of a step on two images, recomputed image by image with
-    torch.distributions. Rates of 0 leave the weights where they were."""
+    """Loss and gradients of a step on two images against the plain step of bench.py, image by image
+    with torch.distributions. Rates of 0 leave the weights where they were."""
     samples = []
     for i, task in enumerate(("deblur", "derain")):
         paths = [
@@ -267,21 +267,8 @@ def test_one_step_is_what_the_equations_say(tmp_path):
         encoding = model.encode(batch.degraded)
         generators = train.action_generators(config, batch.numbers)
         group = rollout(model, policy, encoding, 3, generators)
-    sup, cons, advantages = 0.0, 0.0, []
-    for b in range(2):
-        x, gt, task = batch.degraded[b : b + 1], batch.gt[b : b + 1], batch.tasks[b : b + 1]
-        outputs = [model(x, policy.replay(action[None])) for action in group.actions[b]]
-        r = torch.cat([score(y.detach()[:, None], x, gt, task)[0] for y in outputs]).flatten()
-        advantages.append((r - r.mean()) / (((r - r.mean()) ** 2).mean() + 1e-6).sqrt())  # Eq. 8
-        y_best, y_det = outputs[r.argmax()], model(x, policy.mean())
-        sup = sup + (y_best - gt).abs().mean() / 2
-        cons = cons + (y_best - y_det).abs().mean() / 2
-    densities = torch.distributions.Beta(*policy.densities(group.states))
-    logp = densities.log_prob(group.actions).sum(dim=(2, 3))
-    ratio, gap = (logp - logp.detach()).exp(), logp - logp.detach()  # π_ref is π_θ at the start
-    entropy = densities.entropy().sum(dim=(2, 3)).mean()
-    rl = -(ratio * torch.stack(advantages)).mean() + 0.5 * (ratio * gap).mean() - 0.02 * entropy
-    loss = rl + 0.35 * sup + 0.2 * cons
+    given = dict(batch=batch, actions=group.actions, beta=0.5, tau=0.02)
+    loss = bench.plain_step(model, policy, state.reference, score, **given)
     loss.backward()
     assert logged(tmp_path / "run")[0]["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     modules = (*model.named_parameters(), *policy.named_parameters())
