@@ -5,8 +5,9 @@
     python -m experiments.headroom --ckpt runs/NAME                      a run: also what it reached
 
 On crops that no head is trained on, per task and in PSNR and reward, gains over the model's own
-output: the best of 4, 16 and 64 sampled actions; each of the 12 controls swept alone; the best
-gates of every single image, by gradient ascent. On the whole images: what heads learn when they are
+output: the best of 4, 16 and 64 sampled actions; each gate swept alone; the best gates of every
+single image, by gradient ascent. (The rates become whole numbers of pixels: they have no gradient
+here.) On the whole images: what heads learn when they are
 trained by backpropagation of the reward on other images, which sees more than any policy gradient
 does. The first ones know the truth of the image; only the last could be had in use.
 """
@@ -30,7 +31,6 @@ from experiments import tables
 from metrics import multiple_of_16, psnr, psnrs
 from model import CheckpointError, load_adair, load_pretrained, read_checkpoint, restore
 from policy import (
-    CONTROLS,
     GATE_MEAN,
     USUAL,
     PolicyError,
@@ -41,8 +41,8 @@ from policy import (
 )
 
 BEST_OF = (4, 16, 64)
-RATES = (0.05, 0.15, 0.4, 0.6, 0.8, 0.95)  # that a rate is swept over
-GATES = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # and a gate, as a factor
+FACTORS = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # that a gate is swept over
+GATES = [f"{level}.{name}" for level in (1, 2, 3) for name in ("g_f", "g_o")]
 AT_ONCE = 16  # actions of one image that are decoded together
 
 
@@ -150,15 +150,13 @@ def best_of_sampled(model, reward, policy, crop, generator):
 
 
 def swept(model, reward, crop):
-    """The best value of each control, the other eleven as they are; never less than none."""
+    """The best value of each gate, the other controls as they are; never less than none."""
     start, found = start_of(model).to(crop.gt.device), {}
-    for level in range(3):
-        for k, name in enumerate(CONTROLS):
-            values = RATES if k < 2 else [GATE_MEAN * factor for factor in GATES]
-            actions = start.repeat(len(values), 1, 1)
-            actions[:, level, k] = torch.tensor(values)
-            best = (gain.max().item() for gain in score(model, reward, crop, actions))
-            found[f"{level + 1}.{name}"] = tuple(max(0.0, gain) for gain in best)
+    for i, name in enumerate(GATES):
+        actions = start.repeat(len(FACTORS), 1, 1)
+        actions[:, i // 2, 2 + i % 2] = GATE_MEAN * torch.tensor(FACTORS)
+        gains = score(model, reward, crop, actions)
+        found[name] = tuple(max(0.0, gain.max().item()) for gain in gains)
     return found
 
 
@@ -236,25 +234,23 @@ def load(config):
         return model, None, list_training(config.data_root)
     checkpoint = read_checkpoint(folder / "last.pt")
     policy = load_policy(checkpoint)
-    stored = runs.load_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if policy is None or not {"init", "samples", "scoring"} <= stored.keys():
+    if policy is None or not (folder / "config.json").exists():
         raise runs.RunError(f"{folder} is no run of train.py: give its folder, or a checkpoint")
+    stored = runs.load_json(folder / "config.json")
     samples, scoring = stored["samples"], stored["scoring"]
     if config.data_root:
         split = list_training(config.data_root)
     else:  # what the run saw, so that what it did not see is the same
-        tasks = task_names(samples["tasks"]) if samples["tasks"] else ()
         config.data_root = samples["data_root"]
+        tasks = task_names(samples["tasks"]) if samples["tasks"] else ()
         split = list_training(config.data_root, tasks=tasks, listed=samples["listed"])
     if not config.rewards:
         terms = scoring["rewards"].split(",")
-        unjudged = [term for term in terms if term.partition("=")[0] != "qwen"]
-        config.rewards = ",".join(unjudged) or "default"
-        if unjudged != terms:
+        config.rewards = ",".join(t for t in terms if t.split("=")[0] != "qwen") or "default"
+        if config.rewards != scoring["rewards"]:
             runs.say(f"measured without the judge, by --rewards {config.rewards}")
     config.weights_dir = config.weights_dir or scoring["weights_dir"]
-    trained = load_adair(folder / "last.pt", checkpoint)
-    model = load_adair(stored["init"])
+    trained, model = load_adair(folder / "last.pt", checkpoint), load_adair(stored["init"])
     model.config["mask_rule"] = trained.config["mask_rule"]
     return model, (trained, policy), split
 
@@ -310,11 +306,11 @@ def measure(config):
     generator = torch.Generator(config.device).manual_seed(config.seed)
     found = []
     for crop in tqdm(crops, desc="measuring"):
-        gains = best_of_sampled(model, reward, policy, crop, generator)
-        gains |= swept(model, reward, crop)
-        of_gates = [gain for name, gain in gains.items() if name.endswith(("g_f", "g_o"))]
-        known = [max(gain) for gain in zip(*of_gates)]  # of what was tried before
-        found.append(gains | gate_oracle(model, reward, crop, config.ascent, known))
+        sampled = best_of_sampled(model, reward, policy, crop, generator)
+        alone = swept(model, reward, crop)
+        known = [max(gains) for gains in zip(*alone.values())]
+        best = gate_oracle(model, reward, crop, config.ascent, known)
+        found.append(sampled | alone | best)
 
     usual = (batch.degraded for batch in training.batches_of_each_task(USUAL))
     policy.fit(states_on(model, policy, usual))
@@ -339,8 +335,6 @@ def measure(config):
 
 
 # ------------------------------------------------------------------------------- what is said of it
-
-SWEPT = [f"{level}.{name}" for level in (1, 2, 3) for name in CONTROLS]
 
 
 def table(rows, columns, key, unit):
@@ -371,23 +365,17 @@ def conclusion(rows):
     return (
         f"If the truth were known, the best gates of each image would gain {known}. Heads that see "
         f"the states alone learned {learned} of it on other images. (95 % intervals over "
-        f"photographs, of which a task has {photos} or more.) The rates have no gradient here: "
-        "they are only swept."
+        f"photographs, of which a task has {photos} or more.) The rates have no gradient here."
     )
 
 
 def plot(path, rows, columns):
-    """Bars per task of every column, in dB and reward, and the best dB of each control."""
+    """Bars per task of every column, in dB and reward."""
     plt = report.pyplot()
-    figure, axes = plt.subplots(3, 1, figsize=(10, 10))
+    figure, axes = plt.subplots(2, 1, figsize=(10, 7))
     for axis, key, unit in zip(axes, ("psnr", "reward"), ("PSNR gain (dB)", "reward gain")):
         means = rows.pivot_table(index="task", columns="what", values=key, sort=False)
         means[columns].plot.bar(ax=axis, rot=0, fontsize=8, xlabel="", ylabel=unit)
-    means = rows.pivot_table(index="task", columns="what", values="psnr", sort=False)[SWEPT]
-    image = axes[2].imshow(means, aspect="auto", cmap="viridis")
-    axes[2].set_xticks(range(len(SWEPT)), SWEPT, fontsize=8)
-    axes[2].set_yticks(range(len(means)), means.index, fontsize=8)
-    figure.colorbar(image, ax=axes[2], label="best value of one control (dB)")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -397,11 +385,11 @@ def run_program(argv):
     config = runs.flags(Config, "experiments.headroom", __doc__, argv)
     check(config)
     rows, states = measure(config)
-    columns = [name for name in rows["what"].unique() if name not in SWEPT]
+    columns = [name for name in rows["what"].unique() if name not in GATES]
     parts = [
         table(rows, columns, "psnr", "gain, dB"),
         table(rows, columns, "reward", "gain, 1e-4 of reward"),
-        table(rows, SWEPT, "psnr", "best value of one control, dB"),
+        table(rows, GATES, "psnr", "best value of one gate, dB"),
         f"{states} {conclusion(rows)}",
         f"{len(rows) // rows['what'].nunique()} crops of {config.crop} px of "
         f"{config.data_root or 'the demo photographs'}, rewards {config.rewards}, seed "
