@@ -63,8 +63,10 @@ CYCLE = (
     "dehaze deblur lowlight camera"
 )
 # Whoever goes on with a run may change these.
-FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
-FREE += "lr muon_lr max_minutes amp real rooms drop_skip".split()
+FREE = (
+    "out cycle crop batch_size ema steps decay eval_every save_every workers device lr muon_lr "
+    "max_minutes amp real rooms drop_skip"
+).split()
 
 
 @dataclass

@@ -23,20 +23,15 @@ import runs
 from experiments import figures
 from experiments.run import ARMS
 
-SHOWN = {
-    "psnr": (1, 3),
-    "ssim": (1e4, 1),
-    "reward": (1e4, 1),
-    "exposure": (1e4, 1),
-}  # scale, digits
+# scale and digits of what is gained
+SHOWN = {"psnr": (1, 3), "ssim": (1e4, 1), "reward": (1e4, 1), "exposure": (1e4, 1)}
 RUN = ["arm", "seed"]
 GAINS = [*RUN, "task", "image", "psnr_before", "reward_before", "hard", *SHOWN]
 COLUMNS = {
     "gains": GAINS,
     "measured": GAINS,
     "validation": [*RUN, "step", "task", "psnr", "reward"],
-    "training": [*RUN, "step", "reward", "psnr_det", "psnr_best"]
-    + ["loss/sup", "loss/cons", "loss/total"],
+    "training": "arm seed step reward psnr_det psnr_best loss/sup loss/cons loss/total".split(),
 }
 # Which arms answer a question together: an arm, and its controls.
 CONTROLS = {
@@ -91,20 +86,16 @@ def compared(before, after, hard=()):
     """The rows of images {task, name, psnr, …} before, with what was gained after."""
     before, after = pd.DataFrame(before), pd.DataFrame(after)
     gains = after.reindex(columns=[*SHOWN]) - before.reindex(columns=[*SHOWN])
-    start = before.add_suffix("_before").rename(
-        columns=dict(task_before="task", name_before="image")
-    )
+    names = dict(name="image", psnr="psnr_before", reward="reward_before")
+    start = before.rename(columns=names).reindex(columns=["task", *names.values()])
     return start.join(gains).assign(hard=before.index.isin(hard).astype(int))
 
 
 def validations(history):
     """The gains of every validation since the first, of every task and their mean."""
-    parts = [pd.DataFrame()]
-    for past, gained in zip(history, report.gains_since_start(history)):
-        parts.append(
-            pd.DataFrame(gained).rename_axis("task").reset_index().assign(step=past["step"])
-        )
-    return pd.concat(parts)
+    steps = [past["step"] for past in history]
+    gains = [pd.DataFrame(gained) for gained in report.gains_since_start(history)]
+    return pd.concat(gains, keys=steps, names=["step", "task"]).reset_index()
 
 
 def write_csv(path, rows):
@@ -116,7 +107,7 @@ def read(path):
     """The rows of one of the files, arms in the order of `run.ARMS`; none if it is not there."""
     if not path.exists():
         return pd.DataFrame(columns=RUN)
-    rows = pd.read_csv(path)
+    rows = pd.read_csv(path, dtype=dict(arm=str))
     order = {arm: place for place, arm in enumerate(dict.fromkeys([*ARMS, *rows["arm"]]))}
     rows = rows.sort_values("arm", key=lambda arms: arms.map(order), kind="stable")
     if "image" in rows:
