@@ -282,11 +282,13 @@ class TimedRun(runs.Run):
             yield batch
             between = now(device)
             plain_loss = step()
-            self.times[0].append(between - start), self.times[1].append(now(device) - between)
+            self.times[0].append(between - start)
+            self.times[1].append(now(device) - between)
         logged = next(runs.read_metrics(self.folder))["loss/total"]
         self.losses = logged, plain_loss
         self.gradients = gradients(model, policy), gradients(plain, heads)
-        state.live.zero_grad(), optimizer.zero_grad()
+        state.live.zero_grad()
+        optimizer.zero_grad()  # no gradient is left over
         with peak_memory(device, self.peaks):
             yield batch
         with peak_memory(device, self.peaks):

@@ -119,10 +119,12 @@ def run_program(argv):
     todo = [(arm, seed) for seed in config.seeds for arm in arms]
     done = []
     if not list(config.out.glob("*/*/hard.json")):  # alone: the others take its scores over
-        done.append(run(config, *todo.pop(0)))
+        arm, seed = todo.pop(0)
+        done.append(run(config, arm, seed))
     with ThreadPoolExecutor(config.jobs) as pool:
         threads = 1 if config.jobs > 1 else None
-        done += pool.map(lambda pair: run(config, *pair, threads), todo)
+        futures = [pool.submit(run, config, arm, seed, threads) for arm, seed in todo]
+        done += [future.result() for future in futures]
     return 0 if all(done) else 1
 
 

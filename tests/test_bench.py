@@ -1,4 +1,4 @@
-"""What bench.py compares must be the same thing twice, and what makes a step fast must not change
+"""What experiments.bench compares must be the same thing twice, and what makes a step fast must not change
 its numbers."""
 
 import pytest

@@ -1,4 +1,4 @@
-"""headroom.py: what it measures, on a small model whose gates are known to be off."""
+"""experiments.headroom: what it measures, on a small model whose gates are known to be off."""
 
 import json
 
