@@ -1,5 +1,5 @@
-"""What experiments.bench compares must be the same thing twice, and what makes a step fast must not change
-its numbers."""
+"""What experiments.bench compares must be the same thing twice, and what makes a step fast must not
+change its numbers."""
 
 import pytest
 import torch
