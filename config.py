@@ -54,7 +54,7 @@ class Samples:
     """draws of every degradation per photo; AdaIR's folders stay as they are"""
     crop: MultipleOf8 = 128
     """px, a multiple of 8, Table 6"""
-    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    workers: runs.Workers | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
 
 

@@ -368,7 +368,7 @@ def start_judge(judge, sample, config):
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
     if argv[:1] == ["pretrain"]:
-        raise runs.RunError("pre-training is a program of its own, pretrain.py")
+        raise runs.RunError("pre-training is a program of its own, python -m experiments.pretrain")
     config = parse(argv)
     config.device = runs.join(config.device)
     config.out = runs.gather(config.out)[0]  # its default has the time in it

@@ -1,56 +1,47 @@
-"""What bench.py compares must be the same thing twice, and what makes a step fast must not change
-its numbers."""
-
-import re
+"""What experiments.bench compares must be the same thing twice, and what makes a step fast must not
+change its numbers."""
 
 import pytest
 import torch
 from conftest import small_adair
 
-import bench
 import model
 import train
 from config import parse
+from experiments import bench
 from grpo import rollout
 from policy import policy_for
 
 
 def test_the_plain_model_is_adair():
-    net, x = small_adair(para1=0.1).double(), torch.rand(2, 3, 48, 72, dtype=torch.float64)
-    plain = bench.plain_adair(net)
+    x = torch.rand(2, 3, 48, 72, dtype=torch.float64)
     controls = torch.tensor([[0.4, 0.6, 1.2, 0.7], [0.1, 0.9, 0.8, 1.1]], dtype=torch.float64)
+    net = small_adair(para1=0.1).double()
     for controller in (None, lambda level, f, y: controls):
-        assert torch.allclose(net(x, controller), plain(x, controller), atol=1e-12)
-    assert plain.patch_embed(x).is_contiguous()
+        plain = bench.plain_adair(net, x, controller)
+        assert torch.allclose(net(x, controller), plain, atol=1e-12)
     assert net.encode(x).skip1.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
-def test_our_step_is_the_plain_step(dtype, capsys, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_our_step_is_the_plain_step(dtype):
     """The loop of `train.post_train` against the plain step: loss and gradient as one vector to
     1e-4 in float32; every tensor of the backbone's gradient to 1e-6 in float64, where policy and
     rewards stay float32. A group of 6 is drawn as 4 and 2."""
-    monkeypatch.setattr(
-        bench, "build", lambda config: small_adair(para1=0.1).to(bench.DTYPES[dtype])
-    )
-    found = []
-    distance = bench.distance
-    monkeypatch.setattr(bench, "distance", lambda *pair: found.append(pair) or distance(*pair))
-    group, images = (6, 1) if dtype == "fp64" else (3, 2)
+    group, images = (6, 1) if dtype == torch.float64 else (3, 2)
     sizes = dict(crop=16, group_size=group, batch_size=images, repeats=1)
-    config = bench.Config(**sizes, dtype=dtype, device="cpu")
-    bench.bench_step(config)
-    ((ours, plain),) = found
+    run = bench.time_step(bench.Config(**sizes, device="cpu"), small_adair(para1=0.1).to(dtype))
+    assert run.losses[0] == pytest.approx(run.losses[1], rel=1e-4)
     heads = {name for name, _ in policy_for(small_adair()).named_parameters()}
-    backbone = [{k: v for k, v in grads.items() if k not in heads} for grads in (ours, plain)]
-    policy = [{k: v for k, v in grads.items() if k in heads} for grads in (ours, plain)]
-    whole, worst, name = distance(*backbone)
-    assert whole < 1e-4 and len(backbone[0]) > 100
-    if dtype == "fp64":
-        assert whole < 1e-9 and worst < 1e-6, name
-    assert distance(*policy)[0] < 1e-3 and len(policy[0]) == 24
-    printed = capsys.readouterr().out
-    assert float(re.search("loss (\\S+),", printed)[1]) < 1e-4 and "plain / ours" in printed
+    ours, plain = ({k: v for k, v in of.items() if k in heads} for of in run.gradients)
+    assert bench.distance(ours, plain) < 1e-3 and len(plain) == 24
+    ours, plain = ({k: v for k, v in of.items() if k not in heads} for of in run.gradients)
+    assert bench.distance(ours, plain) < 1e-4 and len(plain) > 100
+    if dtype == torch.float64:
+        assert bench.distance(ours, plain) < 1e-9
+        for name, gradient in plain.items():
+            atol = 1e-6 * gradient.abs().max().item()
+            assert torch.allclose(ours[name], gradient, rtol=0, atol=atol), name
 
 
 def test_the_memory_of_a_group_does_not_grow_beyond_its_images():
@@ -60,7 +51,9 @@ def test_the_memory_of_a_group_does_not_grow_beyond_its_images():
         encoding = net.encode(x)
 
     def peak(group):
-        return bench.memory_of(lambda: rollout(net, policy, encoding, group, [g]), "cpu") * 2**20
+        with bench.peak_memory("cpu", peaks := []):
+            rollout(net, policy, encoding, group, [g])
+        return peaks[0] * 2**20
 
     peak(4)
     images = x.numel() * 4
@@ -76,7 +69,7 @@ def test_norms_divide_scores_as_they_would_the_maps():
         torch.nn.Conv2d(16, 16, 1, bias=False).double(),
         torch.rand(4, 1, 1, dtype=torch.float64),
     )
-    wanted = project(bench.plain_channel_attention(q, k, v, temperature))
+    wanted = project(bench.channel_attention(q, k, v, temperature))
     assert torch.allclose(
         model.channel_attention(q, k, v, temperature, project), wanted, atol=1e-12
     )
@@ -147,13 +140,15 @@ def test_cpu_and_gpu_agree(monkeypatch):
             {n: p.grad.cpu().clone() for n, p in net.named_parameters() if p.grad is not None},
         )
     assert (found["cpu"][0] - found["cuda"][0]).abs().max() < 1e-4
-    assert bench.distance(found["cuda"][1], found["cpu"][1])[0] < 1e-3
+    assert bench.distance(found["cuda"][1], found["cpu"][1]) < 1e-3
 
 
 # -------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_runs(capsys):
-    """The step is timed above."""
-    assert bench.main("inference --repeats 1 --sizes 64".split()) is None
-    assert "plain / ours" in capsys.readouterr().out
+    flags = "--crop 16 --group-size 2 --sizes 64 --repeats 1 --device cpu"
+    assert bench.main(flags.split()) is None
+    *_, step, forward = capsys.readouterr().out.splitlines()
+    assert step.startswith("| step, crop 16, G = 2") and "gradient" in step
+    assert forward.startswith("| forward at 64 px") and forward.count("|") == 9

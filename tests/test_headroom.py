@@ -1,15 +1,17 @@
-"""headroom.py: what it measures, on a small model whose gates are known to be off."""
+"""experiments.headroom: what it measures, on a small model whose gates are known to be off."""
 
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import fails, small_adair, write
 
-import headroom
 import train
 from data import Crops, list_training
+from experiments import headroom
 from policy import GATE_MEAN, policy_for
 from rewards import Reward, parse_terms
 
@@ -33,7 +35,7 @@ def test_the_start_gains_nothing_and_sampling_more_gains_more(scene):
     values = [found[f"best of {n}"] for n in headroom.BEST_OF]
     assert values[0][0] < values[1][0] < values[2][0]
     swept = headroom.swept(net, reward, crop)
-    assert len(swept) == 12 and all(gain >= 0 for pair in swept.values() for gain in pair)
+    assert [*swept] == headroom.GATES and all(gain >= 0 for pair in swept.values() for gain in pair)
 
 
 def test_the_oracle_finds_what_a_grid_finds(scene):
@@ -49,30 +51,19 @@ def test_the_oracle_finds_what_a_grid_finds(scene):
     assert value == pytest.approx(psnr / 40, rel=0.2)  # 40 dB are the whole reward
 
 
-def test_the_error_is_over_photographs():
-    """One task: the usual standard error. The same photographs under more tasks: no smaller."""
-    gains = np.stack([np.array([0.1, 0.5, 0.3, 0.9]), np.zeros(4)], axis=1)
-    mean, error = headroom.average(gains, ["rain"] * 4, list("abcd"), 0)
-    expected = gains[:, 0].std(ddof=1) / 2
-    assert (mean, error) == pytest.approx((0.45, expected))
-    twice = np.concatenate([gains, gains])
-    found = headroom.average(twice, ["rain"] * 4 + ["haze"] * 4, list("abcdabcd"), 0)
-    assert found == pytest.approx((0.45, expected))
-    other = headroom.average(twice, ["rain"] * 4 + ["haze"] * 4, list("abcdefgh"), 0)
-    assert other == pytest.approx((0.45, expected / 2**0.5))
-
-
-def test_the_verdict_is_students():
-    """Four photographs: 0.1 ± 0.04 is 2.5 errors, where Student wants 3.18."""
-    gains = {"best gates": np.ones((4, 2)), "learnable": np.ones((4, 2))}
-    for spread, verdict in ((0.08, "hardly pay"), (0.06, "can pay")):
-        values = 0.1 + spread * np.array([-1, 1, -1, 1]) * np.sqrt(3 / 4)  # error: spread / 2
-        gains["learnable"] = np.stack([values, values], axis=1)
-        assert verdict in headroom.conclusion(["rain"] * 4, list("abcd"), gains)
-    said = headroom.conclusion(
-        ["rain"] * 4 + ["haze"] * 2, list("abcdef"), {name: np.ones((6, 2)) for name in gains}
-    )
-    assert "too few photographs (2 of a task)" in said
+def test_means_have_the_interval_of_the_photographs():
+    """Four photographs under two tasks: Student's, three degrees of freedom."""
+    gains = np.array([0.1, 0.5, 0.3, 0.9])
+    rows = pd.DataFrame(dict(photo=[*"abcd"], what="learnable", psnr=gains, reward=gains / 1e3))
+    rows = pd.concat([rows.assign(task=task) for task in ("rain", "haze")])
+    low, high = scipy.stats.t.interval(0.95, 3, gains.mean(), scipy.stats.sem(gains))
+    wanted = f"+0.450 [{low:+.3f}, {high:+.3f}]"
+    assert headroom.mean_of_tasks(rows, "learnable", "psnr") == wanted
+    last = headroom.table(rows, ["learnable"], "reward", "gain").splitlines()[-1]
+    assert last.split("|")[2].strip() == f"+4.5 [{10 * low:+.1f}, {10 * high:+.1f}]"
+    said = headroom.conclusion(pd.concat([rows, rows.assign(what="best gates")]))
+    assert f"learned +4.5 [{10 * low:+.1f}, {10 * high:+.1f}] 1e-4 of reward and {wanted}" in said
+    assert "of which a task has 4 or more" in said and "rates have no gradient here" in said
 
 
 def test_backpropagation_moves_the_gates_uphill(scene, tmp_path):
@@ -101,10 +92,11 @@ def test_a_run_is_measured_against_the_model_it_began_with(small, init, photos, 
     argv = [str(flag) for flag in ["--ckpt", tmp_path / "run", *flags]]
     assert headroom.main(argv) is None
     said = capsys.readouterr().out
-    assert " crops of 32 px: about" in said and "If the truth were known" in said
+    assert "4 crops of 32 px of" in said and "If the truth were known" in said
     assert (tmp_path / "out/headroom.png").stat().st_size > 0
-    stored = json.loads((tmp_path / "out/headroom.json").read_text())
-    assert np.array(stored["gains"]["this run"]).shape == (4, 2)
+    stored = pd.read_csv(tmp_path / "out/headroom.csv")
+    run = stored[stored["what"] == "this run"]
+    assert len(run) == 4 and run["psnr"].notna().all() and {*run["task"]} == {"derain", "deblur"}
     assert f"of {photos}, rewards psnr," in said  # the run's own
     # of a run with a judge: what can be measured without it, on the tasks it was trained on
     path = tmp_path / "run/config.json"

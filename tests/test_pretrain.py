@@ -1,5 +1,6 @@
 """Pre-training: its crops, its optimizers, its schedule, and that a stop changes nothing."""
 
+import math
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import torch
 from conftest import fails, logged, samples_of, small_adair, without_times, write
 
 import data
-import pretrain
+from experiments import pretrain
 from metrics import psnr
 from model import Encoding, load_adair, read_checkpoint
 
@@ -53,6 +54,29 @@ def test_a_real_pair_is_shown_in_one_look(tmp_path):
         degraded, gt, *_ = crops[n]
         assert (degraded - gt).abs().max() < 0.003  # rounding to 8 bits
     assert not torch.allclose(crops[0][1].mean(), crops[1][1].mean(), atol=1e-3)
+
+
+def test_black_is_raised_for_both_images_alike_but_never_for_haze_or_in_low_light():
+    """look(x) is linear in x where there is no gamma: what an edge of 0.5 becomes says the veil,
+    and what black becomes its light. A quarter of the truths is pale."""
+    black, white = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    for task, share in (("derain", 0.25), ("camera", 0.25), ("dehaze", 0.0), ("lowlight", 0.0)):
+        raised = 0
+        for n in range(400):
+            rng = np.random.default_rng(n)
+            look = pretrain.another_look(0.5 * white, rng, task)
+            dark, bright = look(black), look(white)
+            raised += bool((dark > 0).any())
+            assert torch.equal(dark, dark[:1, :1, :1].expand_as(dark)) and dark.max() <= 0.3
+            if not (dark > 0).any():
+                continue
+            grey = look(0.5 * white)  # between them, by the gamma
+            power = (((grey - dark) / (bright - dark)).log() / math.log(0.5)).mean().item()
+            images = torch.rand(2, 3, 8, 8)  # of a pair
+            wanted = dark + (bright - dark) * images**power
+            assert torch.allclose(torch.stack([*map(look, images)]), wanted, atol=1e-5)
+            assert (bright - dark).min() >= 0.7 * 0.9 - 1e-6  # what is left of the contrast
+        assert raised == pytest.approx(400 * share, abs=40 * (share > 0))
 
 
 # ------------------------------------------------------------------------- skips and optimizers
@@ -162,6 +186,35 @@ def test_the_first_loss_without_skips_is_that_of_the_latent_alone(pretraining, t
     assert row["loss/total"] == pytest.approx((without - batch.gt).abs().mean().item(), rel=1e-5)
 
 
+def test_validation_tells_sources_and_pale_images_apart(tmp_path, capsys):
+    """Of a model that returns what it is given: input PSNRs in closed form, gains of 0."""
+    net = small_adair(para1=0.1).requires_grad_(False)
+    net.output.weight.zero_()  # what it adds to an image is nothing
+    samples = []
+    for name, offset in (("GOPR01_2", 10), ("GOPR01_3", 20), ("reds_train7", 40)):
+        paths = [write(tmp_path / kind / f"{name}.png", seed=1) for kind in ("blur", "sharp")]
+        flat = np.full((32, 32, 3), 100, np.uint8)
+        write(paths[0], flat + np.uint8(offset)), write(paths[1], flat)
+        samples.append(data.Sample("deblur", f"blur/{name}.png", *map(str, paths[::-1])))
+    samples.append(samples[0]._replace(task="dehaze"))
+    rows = pretrain.validate(net, samples, stop=None)
+    assert rows["source"].tolist() == ["GOPR", "GOPR", "reds_train", "GOPR"]
+    expected = [-20 * math.log10(offset / 255) for offset in (10, 20, 40, 10)]
+    assert rows["input"].tolist() == pytest.approx(expected, abs=1e-3)
+    assert rows["gain"].abs().max() < 1e-4 and rows["pale gain"].isna().tolist() == [False] * 3 + [
+        True
+    ]
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"| deblur | 3 | {np.mean(expected[:3]):.2f} | 0.00 | 0.00 | 100.00 | 100.00 |" in said
+    assert (
+        f"| deblur, GOPR | 2 | {np.mean(expected[:2]):.2f} | 0.00 | 0.00 | 100.00 | 100.00 |"
+        in said
+    )
+    assert any(line.startswith("| deblur, reds_train | 1 |") for line in said)
+    assert not any(line.startswith("| dehaze, ") for line in said)
+    assert torch.allclose(pretrain.pale(torch.tensor([0.0, 1.0])), torch.tensor([0.225, 0.975]))
+
+
 def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_path, capsys):
     flags = pretraining("p", "--batch-size", 1, "--steps", 1, "--init", init)
     said = fails(capsys, pretrain.main, [*flags, "--dim", 8])
@@ -211,3 +264,18 @@ def test_rooms_of_haze_are_photographs_for_all_tasks_unless_set_aside(tmp_path):
     rooms = [s for s in train if not s.degraded]
     assert sorted({s.task for s in rooms}) == sorted(data.TASKS) and len(rooms) == 3 * 7
     assert {Path(s.gt).name for s in rooms} == {"1.png", "3.png", "4.png"}
+
+
+def test_blurred_frames_are_photographs_for_all_tasks_but_blur(tmp_path):
+    for i in range(1, 5):
+        for folder in ("blur", "sharp"):
+            write(tmp_path / f"data/Train/Deblur/{folder}/{i}.png", seed=i)
+    given = dict(data_root=str(tmp_path / "data"), crop=(16,), cycle=("deblur",))
+    train, _ = pretrain.find_samples(pretrain.Config(**given, rooms=("deblur",)), None)
+    pairs = [s for s in train if s.degraded]
+    sharp, blurred = (
+        [s.task for s in train if not s.degraded and f"/{folder}/" in s.gt]
+        for folder in ("sharp", "blur")
+    )
+    assert sorted(sharp) == sorted([*data.TASKS] * len(pairs))
+    assert sorted(blurred) == sorted([t for t in data.TASKS if t != "deblur"] * len(pairs))

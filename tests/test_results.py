@@ -1,4 +1,4 @@
-"""results/: the bootstrap on gains whose answer is known, and the programs' flags."""
+"""The experiments' intervals on gains whose answer is known, their tables, and their flags."""
 
 import json
 import subprocess
@@ -6,17 +6,15 @@ import sys
 import threading
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "results"))
-import benchmarks
-import exposure_judge
-import tables
+from conftest import ROOT, fails
 
 import judge as judges
+import runs
+from experiments import benchmarks, exposure_judge, measure, run, tables
 
 
 def write_report(folder, gain, hard=(0,)):
@@ -37,41 +35,47 @@ def write_report(folder, gain, hard=(0,)):
 
 
 def collected(folder):
-    """{arm: rows} of the runs in a folder."""
+    """The rows of the runs in a folder."""
     tables.collect(folder)
     return tables.read(folder / "gains.csv")
+
+
+def in_rows(values):
+    """The rows of gains (seeds, photographs, tasks)."""
+    seeds, photos, tasks = (axis.flatten() for axis in np.indices(values.shape))
+    return pd.DataFrame(dict(seed=seeds, photo=photos, task=tasks, psnr=values.flatten()))
 
 
 def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
     run = tmp_path / "a/0"
     write_report(run, lambda photo, task, draw: (task == "rain") + 0.2 * (draw == "#2"))
-    rows = collected(tmp_path)["a"]
-    values, (seeds, photos, tasks) = tables.gains(rows, "psnr")
-    assert values.shape == (1, 3, 2) and tasks == ["rain", "haze"]
-    assert np.allclose(values[0, :, 0], 1.1) and np.allclose(values[0, :, 1], 0.1)
-    mean, low, high = tables.interval(values)
+    rows = collected(tmp_path)
+    cells = tables.in_cells(rows, "psnr")
+    assert cells["rain"].tolist() == pytest.approx([1.1] * 3)
+    assert cells["haze"].tolist() == pytest.approx([0.1] * 3)
+    mean, low, high = tables.interval(rows, "psnr")
     assert mean == pytest.approx(0.6) and np.isnan([low, high]).all()  # of one seed
-    hard, _ = tables.gains(rows, "psnr", "hard")
-    assert hard.shape == (1, 1, 1) and hard[0, 0, 0] == 1
+    hard = rows[rows["hard"] == 1]
+    assert len(hard) == 1 and tables.mean_of_tasks(hard, "psnr") == 1
 
 
 def test_the_interval_is_that_of_a_normal_mean():
     """Two equal seeds of many independent photographs: mean ± 1.96 standard errors."""
     values = np.random.default_rng(0).normal(0.3, 1.0, (1, 400, 1))
-    mean, low, high = tables.interval(values.repeat(2, axis=0))
+    mean, low, high = tables.interval(in_rows(values.repeat(2, axis=0)), "psnr")
     error = values.std() / 20
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
 
 
 @pytest.mark.parametrize("n_seeds, of_seeds", [(5, 0.0), (5, 1.0), (2, 0.4)])
-def test_six_photographs_are_covered_as_often_as_stated(monkeypatch, n_seeds, of_seeds):
+def test_six_photographs_are_covered_as_often_as_stated(n_seeds, of_seeds):
     """95 % intervals of six photographs hold the true mean about 95 times in 100, whether seeds
     matter as much as photographs or not at all."""
-    monkeypatch.setattr(tables, "RESAMPLES", 300)
     rng, held = np.random.default_rng(0), 0
     for _ in range(200):
         values = rng.normal(0, 1, (1, 6, 1)) + rng.normal(0, of_seeds, (n_seeds, 1, 1))
-        _, low, high = tables.interval(values + rng.normal(0, 0.2, (n_seeds, 6, 1)))
+        values = values + rng.normal(0, 0.2, (n_seeds, 6, 1))
+        _, low, high = tables.interval(in_rows(values), "psnr")
         held += low < 0 < high
     assert 0.92 <= held / 200 <= 0.99
 
@@ -79,11 +83,26 @@ def test_six_photographs_are_covered_as_often_as_stated(monkeypatch, n_seeds, of
 def test_few_photographs_widen_the_interval_however_many_draws():
     """Draws of a photograph are no new photographs: what differs between photographs counts."""
     of_photos = np.array([-1.0, 0.0, 1.0])[None, :, None].repeat(2, axis=0)
-    one, many = (tables.interval(np.repeat(of_photos, n, axis=2)) for n in (1, 50))
-    assert one[1:] == pytest.approx(many[1:], abs=0.02) and one[2] > 0.6
+    one, many = (tables.interval(in_rows(np.repeat(of_photos, n, axis=2)), "psnr") for n in (1, 50))
+    assert one == pytest.approx(many) and one[2] > 0.6
 
 
-def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
+def test_over_photographs_alone_it_is_students():
+    """One task: the usual interval. The same photographs under two tasks: no narrower. Others under
+    the second: half the variance, and seven degrees of freedom."""
+    gains = np.array([0.1, 0.5, 0.3, 0.9])
+    rows = pd.DataFrame(dict(seed=0, photo=[*"abcd"], task="rain", psnr=gains))
+    expected = scipy.stats.t.interval(0.95, 3, gains.mean(), scipy.stats.sem(gains))
+    for more in ([], [rows.assign(task="haze")]):
+        found = tables.interval(pd.concat([rows, *more]), "psnr", over=["photo"])
+        assert found == pytest.approx((0.45, *expected))
+    more = rows.assign(task="haze", photo=[*"efgh"])
+    found = tables.interval(pd.concat([rows, more]), "psnr", over=["photo"])
+    error = scipy.stats.sem(gains) / 2**0.5
+    assert found[1:] == pytest.approx(scipy.stats.t.interval(0.95, 7, 0.45, error))
+
+
+def test_arms_are_compared_on_the_seeds_they_share(tmp_path, capsys):
     for seed in (0, 1):
         write_report(tmp_path / f"a/{seed}", lambda photo, *_, s=seed: s + 0.5)
         write_report(tmp_path / f"b/{seed}", lambda photo, *_, s=seed: s)
@@ -91,9 +110,8 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     assert tables.difference(collected(tmp_path), "a", "b") == (
         "a minus b, 2 seeds: +0.500 [+0.500, +0.500] dB, +50.0 [+50.0, +50.0] 1e-4"
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "results/tables.py", tmp_path], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "experiments.tables", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "| b " in done.stdout and "hard 30 %" in done.stdout
     assert "+1.500 (+1.500 to +1.500)" in done.stdout  # of the validations
     rows = (tmp_path / "gains.csv").read_text().splitlines()
@@ -109,28 +127,28 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path):
     (tmp_path / "alone").mkdir()
     for name in ("gains.csv", "validation.csv"):
         (tmp_path / name).rename(tmp_path / "alone" / name)
-    program = [sys.executable, ROOT / "results/tables.py", tmp_path / "alone"]
-    assert subprocess.run(program, capture_output=True, text=True).stdout == done.stdout
+    assert tables.main([tmp_path / "alone"]) is None
+    assert capsys.readouterr().out == done.stdout
 
 
 @pytest.mark.parametrize("old, new", [("c.png", "d.png"), ('"psnr": 20.0', '"psnr": 20.1')])
-def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new):
+def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new, capsys):
     write_report(tmp_path / "a/0", lambda *_: 0.0)
     write_report(tmp_path / "b/0", lambda *_: 0.0)
-    assert tables.pretrained(collected(tmp_path)) == dict(rain=20, haze=20)
+    tables.check_same(collected(tmp_path), "psnr_before", 0.01, "differs")
     path = tmp_path / "b/0/report.json"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(SystemExit, match="b/0 began with another model, or was measured"):
-        tables.pretrained(collected(tmp_path))
+    said = fails(capsys, tables.main, [tmp_path])
+    assert "b/0 began with another model, or was measured on other images, than a/0" in said
 
 
-def test_runs_of_another_reward_are_not_mixed(tmp_path):
+def test_runs_of_another_reward_are_not_mixed(tmp_path, capsys):
     write_report(tmp_path / "a/0", lambda *_: 0.0)
     write_report(tmp_path / "b/0", lambda *_: 0.0)
     path = tmp_path / "b/0/report.json"
     path.write_text(path.read_text().replace('"reward": 0.4', '"reward": 0.5'))
-    with pytest.raises(SystemExit, match="b/0 was measured by another reward than a/0"):
-        tables.pretrained(collected(tmp_path))
+    said = fails(capsys, tables.main, [tmp_path])
+    assert "b/0 was measured by another reward than a/0" in said
 
 
 def test_exposure_is_compared_where_all_runs_have_it(tmp_path):
@@ -150,11 +168,12 @@ def test_exposure_is_compared_where_all_runs_have_it(tmp_path):
 
 
 def test_training_rewards_are_compared_late_and_by_seed():
-    def rows(gains):
+    def rows(arm, gains):
         steps = [(seed, step) for seed in range(3) for step in range(1, 5)]
-        return [dict(seed=str(n), step=k, reward=0.5 + n + gains[n] * (k > 2)) for n, k in steps]
+        rewards = [0.5 + n + gains[n] * (k > 2) for n, k in steps]
+        return pd.DataFrame(steps, columns=["seed", "step"]).assign(arm=arm, reward=rewards)
 
-    arms = dict(a=rows([0.01, 0.02, 0.03]), b=rows([0, 0, 0]))
+    arms = pd.concat([rows("a", [0.01, 0.02, 0.03]), rows("b", [0, 0, 0])])
     half = scipy.stats.t.ppf(0.975, 2) * 100 / 3**0.5
     expected = f"+200.0 [{200 - half:+.1f}, {200 + half:+.1f}] 1e-4"
     assert tables.in_training(arms, "a", "b").startswith(expected)
@@ -169,22 +188,19 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
         path.write_text(json.dumps(config | dict(training=dict(steps=steps))))
         if seed == 1:
             tables.check_settings(tmp_path / "a")
-    with pytest.raises(SystemExit, match="a/2/config.json has other settings than .*a/0/config"):
+    with pytest.raises(runs.RunError, match="a/2/config.json has other settings than .*a/0/config"):
         tables.check_settings(tmp_path / "a")
 
 
 def test_what_has_no_interval_is_said(tmp_path):
-    with pytest.raises(SystemExit, match="one photograph has no interval"):
-        tables.interval(np.zeros((5, 1, 2)))
+    assert np.isnan(tables.interval(in_rows(np.zeros((5, 1, 2))), "psnr")[1:]).all()
     write_report(tmp_path / "a/0", lambda *_: 0.0)
     write_report(tmp_path / "b/1", lambda *_: 0.0)
     assert tables.difference(collected(tmp_path), "a", "b") == "a minus b: no seed in common"
 
 
-def test_an_unknown_arm_is_named():
-    program = [sys.executable, ROOT / "results/run.py", "--arms", "x"]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode != 0 and "there is no arm 'x'" in done.stderr
+def test_an_unknown_arm_is_named(capsys):
+    assert "there is no arm 'x'" in fails(capsys, run.main, ["--arms", "x"])
 
 
 def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
@@ -216,29 +232,25 @@ def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
         (None, "name folders of arms"),
     ],
 )
-def test_only_whole_runs_of_the_demo_are_measured_again(tmp_path, change, words):
+def test_only_whole_runs_of_the_demo_are_measured_again(tmp_path, change, words, capsys):
     if change is not None:
         write_report(tmp_path / "a/0", lambda *_: 0.0)
         samples = dict(data_root=None, tasks=[]) | change
         config = dict(init="/somewhere/weights/demo.pt", samples=samples)
         (tmp_path / "a/0/config.json").write_text(json.dumps(config))
-    program = [sys.executable, ROOT / "results/measure.py", tmp_path / "a"]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode != 0 and words in done.stderr
+    assert words in fails(capsys, measure.main, [tmp_path / "a"])
 
 
-def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path):
+def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path, capsys):
     folder = tmp_path / "sft/0"
     write_report(folder, lambda *_: 0.0)
     command = f"python train.py --hard-ratio 0.3 --seed 0 --out {folder} --objective sft"
     (folder / "config.json").write_text(json.dumps(dict(command=command)))
     (folder / "hard.json").write_text("{}")
-    program = [sys.executable, ROOT / "results/run.py", "--arms", "sft", "--seeds", "0"]
-    program += ["--out", tmp_path]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 0  # it is there, and by this command
-    done = subprocess.run([*program, "--flags=--lr 1"], capture_output=True, text=True)
-    assert done.returncode == 1 and "was begun by another command" in done.stdout
+    again = ["--arms", "sft", "--seeds", "0", "--out", str(tmp_path)]
+    assert run.main(again) == 0  # it is there, and by this command
+    assert run.main([*again, "--flags=--lr 1"]) == 1
+    assert "was begun by another command" in capsys.readouterr().out
 
 
 def write_evaluation(folder, gain, sets=("Rain100L", "BSD68 σ=25", "BSD68 σ=15", "PolyU")):
@@ -259,13 +271,13 @@ def test_sets_weigh_alike_in_the_tables_of_several_runs(tmp_path):
     for seed in (0, 1):
         write_evaluation(tmp_path / f"sft/{seed}", lambda image, s=seed: 0.1 * (image + s))
     benchmarks.collect(tmp_path)
-    arms = tables.read(tmp_path / "tests.csv")
-    shown = benchmarks.layout(benchmarks.by_method(arms))
+    rows = tables.read(tmp_path / "tests.csv")
+    shown = benchmarks.layout(benchmarks.by_method(rows))
     lines = [" ".join(line.split()) for line in shown.split("\n\n")[1].splitlines()]
     assert lines[0] == "| Method | Deraining Rain100L | Denoising BSD68 σ=25 | Average |"
     assert lines[2] == "| pre-trained | 28.00/0.500 | 30.00/0.500 | 29.00/0.500 |"
     assert lines[3] == "| sft | 28.05/0.510 | 30.15/0.510 | 29.10/0.510 |"
-    (gain,) = (line for line in benchmarks.gains(arms).splitlines() if line.startswith("| sft"))
+    (gain,) = (line for line in benchmarks.gains(rows).splitlines() if line.startswith("| sft"))
     _, _, seeds, in_domain, foreign, _ = (cell.strip() for cell in gain.split("|"))
     assert seeds == "2" and in_domain.startswith("+0.100 [") and foreign.startswith("+0.150 [")
     assert in_domain.endswith("+100.0 [+100.0, +100.0]")
@@ -279,13 +291,13 @@ def test_runs_are_compared_set_by_set_in_whatever_order(tmp_path):
     write_evaluation(tmp_path / "sft/2", lambda image: 9.0)
     write_evaluation(tmp_path / "rl/3", lambda image: 0.0)
     benchmarks.collect(tmp_path)
-    arms = tables.read(tmp_path / "tests.csv")
-    with pytest.raises(SystemExit, match="sft/0 .* was evaluated on other images, than irpo/0"):
-        benchmarks.check_images(arms)
-    assert benchmarks.difference(arms, "irpo", "rl") == "irpo minus rl: no seed in common"
-    arms["irpo"] = [row for row in arms["irpo"] if row["task"] != "denoise15"]
+    rows = tables.read(tmp_path / "tests.csv")
+    with pytest.raises(runs.RunError, match="sft/0 differs than irpo/0"):
+        tables.check_same(rows, "psnr_before", 0.01, "differs")
+    assert benchmarks.difference(rows, "irpo", "rl") == "irpo minus rl: no seed in common"
+    rows = rows[rows["task"] != "denoise15"]
     zero, gain = "ssim +0.0 [+0.0, +0.0]", "psnr +0.200 [+0.200, +0.200]"
     words = f"in domain {gain}, in domain {zero}, PolyU {gain}, PolyU {zero}"
-    assert benchmarks.difference(arms, "irpo", "sft").replace("-0.0", "+0.0") == (
+    assert benchmarks.difference(rows, "irpo", "sft").replace("-0.0", "+0.0") == (
         f"irpo minus sft, seeds 0 1: {words}"
     )

@@ -1,5 +1,5 @@
-"""train.py and pretrain.py as a user meets them: whole runs on tiny images, one step against the
-equations, bad input."""
+"""train.py and experiments/pretrain.py as a user meets them: whole runs on tiny images, one step
+against the equations, bad input."""
 
 import dataclasses
 import json
@@ -18,15 +18,14 @@ from conftest import (
     write,
 )
 
-import bench
 import eval as evaluation
 import judge
-import pretrain
 import runs
 import study
 import train
 from config import DEMO_MODEL, parse
 from data import TASKS, Crops, Sample, list_training, load_pair
+from experiments import bench, pretrain
 from grpo import rollout
 from metrics import evaluate_image, psnr
 from model import load_adair, read_checkpoint, restore
@@ -263,8 +262,8 @@ def post_train(folder, net, reward, samples, *flags):
 
 
 def test_one_step_is_what_the_equations_say(tmp_path):
-    """Loss and gradients of a step on two images, recomputed image by image with
-    torch.distributions. Rates of 0 leave the weights where they were."""
+    """Loss and gradients of a step on two images against the plain step of bench.py, image by image
+    with torch.distributions. Rates of 0 leave the weights where they were."""
     samples = []
     for i, task in enumerate(("deblur", "derain")):
         paths = [
@@ -287,21 +286,17 @@ def test_one_step_is_what_the_equations_say(tmp_path):
         encoding = model.encode(batch.degraded)
         generators = study.generators_of(config, batch.numbers)
         group = rollout(model, policy, encoding, 3, generators)
-    sup, cons, advantages = 0.0, 0.0, []
-    for b in range(2):
-        x, gt, task = batch.degraded[b : b + 1], batch.gt[b : b + 1], batch.tasks[b : b + 1]
-        outputs = [model(x, policy.replay(action[None])) for action in group.actions[b]]
-        r = torch.cat([score(y.detach()[:, None], x, gt, task)[0] for y in outputs]).flatten()
-        advantages.append((r - r.mean()) / (((r - r.mean()) ** 2).mean() + 1e-12).sqrt())  # Eq. 8
-        y_best, y_det = outputs[r.argmax()], model(x, policy.mean())
-        sup = sup + (y_best - gt).abs().mean() / 2
-        cons = cons + (y_best - y_det).abs().mean() / 2
-    densities = torch.distributions.Beta(*policy.densities(group.states))
-    logp = densities.log_prob(group.actions).sum(dim=(2, 3))
-    ratio, gap = (logp - logp.detach()).exp(), logp - logp.detach()  # π_ref is π_θ at the start
-    entropy = densities.entropy().sum(dim=(2, 3)).mean()
-    rl = -(ratio * torch.stack(advantages)).mean() + 0.5 * (ratio * gap).mean() - 0.02 * entropy
-    loss = rl + 0.35 * sup + 0.2 * cons
+    loss = bench.plain_step(
+        model,
+        policy,
+        state.reference,
+        score,
+        batch=batch,
+        actions=group.actions,
+        beta=0.5,
+        tau=0.02,
+        eps=1e-12,
+    )
     loss.backward()
     assert logged(tmp_path / "run")[0]["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     modules = (*model.named_parameters(), *policy.named_parameters())
@@ -369,7 +364,7 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
 
 def test_old_command_lines_name_the_new_program(capsys):
     assert fails(capsys, train.main, ["pretrain", "--steps", 1]).endswith(
-        "program of its own, pretrain.py"
+        "program of its own, python -m experiments.pretrain"
     )
 
 

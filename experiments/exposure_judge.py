@@ -1,8 +1,8 @@
-r"""A judge whose answer is known: how close the exposure of a restored image is to the truth's. It
+"""A judge whose answer is known: how close the exposure of a restored image is to the truth's. It
 speaks the protocol of OpenAI's servers, so the trainer asks it as it asks a real Qwen2.5-VL, and
 sees of it a score alone, which it cannot differentiate.
 
-    python results/exposure_judge.py &
+    python -m experiments.exposure_judge &
     python train.py --judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen \
         --freeze-backbone
 """
@@ -10,12 +10,10 @@ sees of it a score alone, which it cannot differentiate.
 import json
 import math
 import sys
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import tyro
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import runs
 from judge import read_source
 from rewards import luma
 
@@ -70,14 +68,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def main(port: int = 8001):
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        sys.exit(f"results/exposure_judge.py: port {port} cannot be had ({error.strerror})")
-    print(f"http://127.0.0.1:{port}/v1", flush=True)
-    server.serve_forever()
+@dataclass
+class Config:
+    """Answer as a judge."""
+
+    port: int = 8001
+    """of 127.0.0.1"""
+
+
+def run_program(argv):
+    port = runs.flags(Config, "experiments.exposure_judge", __doc__, argv).port
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        print(f"http://127.0.0.1:{port}/v1", flush=True)
+        server.serve_forever()
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(runs.program("experiments.exposure_judge", run_program))

@@ -3,21 +3,24 @@ strength, exposure and colour vary; Muon for the matrices, Adam for the rest; wa
 rate, and a decay at the end, so that the length need not be known at the start; the result,
 model.pt, is an average of the weights.
 
-    python pretrain.py --data-root data --out runs/pretrain
+    python -m experiments.pretrain --data-root data --out runs/pretrain
 
 Killed, the same command goes on where it stopped (bit for bit on the same machine).
 """
 
 import dataclasses
 import math
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import torch
+from pydantic import Field
 from tqdm import tqdm
 
 import report
@@ -33,7 +36,7 @@ from data import (
     split_usable,
 )
 from degradations import camera, quantise
-from metrics import evaluate_image, psnr
+from metrics import evaluation_pair, psnr
 from model import (
     EMPTY_RATE,
     AdaIR,
@@ -50,16 +53,23 @@ WARM_UP = 200  # steps
 TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
 # of a degradation: what is a little dark or hazy may be meant so
-WEAKEST = {"lowlight": 0.8, "dehaze": 0.5}
+WEAKEST = {"lowlight": 0.8, "dehaze": 0.8}
+PALE = 0.25  # share of truths whose black is raised
+NEVER_PALE = ("dehaze", "lowlight")  # tasks for which black has to stay black
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
+VALIDATED = ["input", "gain", "pale gain", "truth", "pale truth"]  # dB
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
     "denoise15 derain dehaze deblur denoise25 derain lowlight dehaze deblur denoise50 derain "
     "dehaze deblur lowlight camera"
 )
 # Whoever goes on with a run may change these.
-FREE = "out cycle crop batch_size ema steps decay eval_every save_every workers device".split()
-FREE += "lr muon_lr max_minutes amp real rooms drop_skip".split()
+FREE = (
+    "out cycle crop batch_size ema steps decay eval_every save_every workers device lr muon_lr "
+    "max_minutes amp real rooms drop_skip"
+).split()
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass
@@ -77,51 +87,52 @@ class Config:
     """AdaIR to start from; without it, from scratch. Its para2 stays as it is"""
     out: str = "runs/pretrain"
     """run folder, created or continued"""
-    dim: int | None = None
+    dim: runs.MultipleOf8 | None = None
     """channels of a new model, a multiple of 8 (Table 6: 48)"""
-    blocks: tuple[int, int, int, int] | None = None
+    blocks: tuple[runs.Positive, runs.Positive, runs.Positive, runs.Positive] | None = None
     """its transformer blocks (Table 6: 4 6 6 8)"""
-    refinement: int | None = None
+    refinement: runs.Positive | None = None
     """its refinement blocks (Table 6: 4)"""
-    rate: float | None = None
+    rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """its constant r_h, r_l under --mask-rule fraction (0.25)"""
     mask_rule: Literal["fraction", "adair"] = "fraction"
     """how rates become masks"""
-    crop: tuple[int, ...] = (128, 176)
+    crop: tuple[runs.MultipleOf8, ...] = (128, 176)
     """px, in turn"""
-    batch_size: int = 2
+    batch_size: runs.Positive = 2
     """crops per step and process at the first crop size; at others as many pixels"""
-    steps: int = 10000
+    steps: runs.Positive = 10000
     """updates"""
-    decay: int = 2000
+    decay: runs.Count = 2000
     """the last of them, in which the rates fall to 0"""
-    lr: float = 5e-4
+    lr: runs.NotNegative = 5e-4
     """Adam's rate, for what is no matrix"""
-    muon_lr: float = 1e-2
+    muon_lr: runs.NotNegative = 1e-2
     """Muon's rate, for 1×1 convolutions"""
-    ema: float = 0.999
+    ema: Share = 0.999
     """decay of the averaged weights; of n updates at most (1 + n) / (10 + n)"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
-    drop_skip: float = 0.3
+    drop_skip: Share = 0.3
     """chance that an image loses a level's skip connection, so that the level below has to restore
     it alone: else the deep levels, and with them the gates, fall silent early"""
-    real: float = 0.5
+    real: Share = 0.5
     """share of real pairs in the crops of a task that has real and synthesised ones"""
     rooms: tuple[Literal[tuple(TASKS)], ...] = ()
-    """tasks whose real pairs show rooms, as dehaze lowlight: their truths become photographs for
-    all tasks; where rooms stand under haze alone, a blurred white wall is taken for haze"""
-    eval_every: int = 2000
+    """tasks whose real pairs show what others lack, as dehaze lowlight deblur: their truths become
+    photographs for all tasks, and blurred frames for all but blur; where rooms stand under haze
+    alone, a blurred white wall is taken for haze"""
+    eval_every: runs.Positive = 2000
     """steps between validations"""
-    save_every: int = 100
+    save_every: runs.Positive = 100
     """steps between checkpoints"""
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: bfloat16 autocast, for GPUs"""
-    workers: int | None = None
+    workers: runs.Workers | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
-    max_minutes: float | None = None
+    max_minutes: runs.AboveZero | None = None
     """end with a checkpoint after so long"""
-    seed: int = 0
+    seed: runs.Count = 0
     """of weights and crops"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
@@ -129,17 +140,8 @@ class Config:
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work."""
-    counts = dict.fromkeys(
-        ("blocks", "refinement", "batch_size", "steps", "eval_every", "save_every"), "[1, inf)"
-    )
-    rates = dict.fromkeys(("decay", "lr", "muon_lr", "seed"), "[0, inf)")
-    runs.check_ranges(config, **counts, **rates, ema="[0, 1]", rate="(0, 1)")
-    runs.check_ranges(config, real="[0, 1]", drop_skip="[0, 1]")
-    runs.check_ranges(config, workers="[0, 256]", max_minutes="(0, inf)")
     if config.decay > config.steps:
         raise runs.RunError(f"--decay is {config.decay}; it must be at most --steps")
-    runs.check_multiple_of_8("--crop", *config.crop)
-    runs.check_multiple_of_8("--dim", *([config.dim] if config.dim else []))
     runs.check_device(config.device)
     given = [name for name in NEW_MODEL if getattr(config, name) is not None]
     if config.init and given:
@@ -149,22 +151,23 @@ def check(config):
 # ------------------------------------------------------------------------------------------- crops
 
 
-def another_look(gt, rng, gamma=True):
-    """A function that shows an image as another camera may have taken it: a colour cast, and, one
-    time in two, a gamma. It is drawn for the truth gt (3, h, w) and meant for both images of a
-    pair.
-
-    gamma: False for a cast alone. Black stays black: from truths that are pale, even blurred ones
-    alone, a model learns to leave haze where it is.
-    """
+def another_look(gt, rng, task):
+    """A function that shows an image as another camera may have taken it: a colour cast; one time
+    in two a gamma, but for low light; and now and then a veil, which raises black: what is a little
+    pale may be meant so, and is no haze. It is drawn for the truth gt (3, h, w) and meant for both
+    images of a pair. The veil is linear: what differs between the two stays the same but for its
+    size."""
     cast = torch.from_numpy(rng.uniform(0.9, 1.0, (3, 1, 1)).astype(np.float32))
     power = 1.0
-    if gamma and rng.random() < 0.5:
+    if task != "lowlight" and rng.random() < 0.5:
         # at most so dark that a mean of 0.12 remains: what is darker is left to low light
         mean = min(max(float(gt.mean()), 0.05), 0.95)
         darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
         power = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
-    return lambda image: cast * image**power
+    is_pale = task not in NEVER_PALE and rng.random() < PALE
+    veil = rng.uniform(0.05, 0.3) if is_pale else 0.0
+    light = rng.uniform(0.6, 1.0)
+    return lambda image: (1 - veil) * cast * image**power + veil * light
 
 
 def draw_strength(task, rng):
@@ -210,8 +213,7 @@ class VariedCrops(Crops):
         columns = slice(left - back, left + self.crop + MARGIN)
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
-        look = another_look(pair[0], rng, gamma=task != "lowlight")
-        gt, *degraded = map(look, pair)
+        gt, *degraded = map(another_look(pair[0], rng, task), pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)
         strength = draw_strength(task, rng)
@@ -258,7 +260,7 @@ def share_gradient(view, parameter):
 class State:
     """What a training is at a step: all that a checkpoint holds."""
 
-    net: torch.nn.Module
+    live: torch.nn.Module
     averaged: torch.nn.Module  # exponential moving average of the weights
     optimizers: tuple
     settings: dict
@@ -267,25 +269,32 @@ class State:
     seen: int = 0  # crops
 
     def checkpoint(self):
-        weights = dict(model=self.averaged.module.state_dict(), config=self.net.config)
-        rest = dict(net=self.net.state_dict(), ema=self.averaged.state_dict())
-        rest |= dict(optimizers=[o.state_dict() for o in self.optimizers], settings=self.settings)
-        return weights | rest | dict(step=self.step, seen=self.seen)
+        return dict(
+            model=self.averaged.module.state_dict(),
+            config=self.live.config,
+            net=self.live.state_dict(),
+            ema=self.averaged.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            settings=self.settings,
+            step=self.step,
+            seen=self.seen,
+        )
 
     def load(self, checkpoint, folder):
         """Goes on where a checkpoint of the same settings stopped. Raises RunError."""
-        if checkpoint.get("config") != self.net.config or "settings" not in checkpoint:
+        if checkpoint.get("config") != self.live.config or "settings" not in checkpoint:
             raise runs.RunError(
                 f"{folder} holds the training of another model: choose another --out"
             )
-        stored = checkpoint["settings"]
-        other = [name for name, value in self.settings.items() if stored.get(name) != value]
-        if other:
-            flag = f"--{other[0].replace('_', '-')}"
-            name = "number of processes" if other[0] == "processes" else flag
-            hint = "give the same, or another --out"
-            raise runs.RunError(f"{folder} was trained with another {name}: {hint}")
-        self.net.load_state_dict(checkpoint["net"])
+        for name, value in self.settings.items():
+            if checkpoint["settings"].get(name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise runs.RunError(
+                    f"{folder} was trained with another "
+                    f"{'number of processes' if name == 'processes' else flag}: "
+                    "give the same, or another --out"
+                )
+        self.live.load_state_dict(checkpoint["net"])
         self.averaged.load_state_dict(checkpoint["ema"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -332,6 +341,9 @@ def find_samples(config, stop):
     train, broken = split_usable(train, max(config.crop), mapper=mapper)
     rooms = {s.gt: s for s in train if s.degraded and s.task in config.rooms}
     train += [s._replace(task=task, degraded="") for s in rooms.values() for task in TASKS]
+    frames = [s for s in train if s.degraded and s.task == "deblur" and "deblur" in config.rooms]
+    others = [task for task in TASKS if task != "deblur"]  # blurred is neither hazy nor dark
+    train += [s._replace(task=task, gt=s.degraded, degraded="") for s in frames for task in others]
     val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
     if not val:
@@ -339,8 +351,10 @@ def find_samples(config, stop):
     there = {s.task for s in train} | ({"camera"} if any(not s.degraded for s in train) else set())
     missing = [task for task in config.cycle if task not in there]
     if missing:
-        hint = "give --photos, or leave it out of --cycle"
-        raise DataError(f"there are no training images for {', '.join(missing)}: {hint}")
+        raise DataError(
+            f"there are no training images for {', '.join(missing)}: give --photos, or leave it "
+            "out of --cycle"
+        )
     return train, val
 
 
@@ -350,88 +364,114 @@ def rate_factor(step, config):
     return min(1, (step + 1) / WARM_UP, left)
 
 
-def validate(model, val, stop):
-    """Prints what the averaged weights gain, and how well they return clean images."""
+def source_of(sample):
+    """What a file's name begins with, before its first digit: GOPR of GOPR0374_11_00.png."""
+    return re.match(r"\D*", Path(sample.name).stem)[0].strip("-_ ")
 
-    returned = {}  # clean file -> PSNR of what is made of it
+
+def pale(image):
+    """An image whose black is raised: a quarter of a bright veil."""
+    return 0.75 * image + 0.25 * 0.9
+
+
+def validate(model, val, stop):
+    """Prints, per task and per source of its files, what the averaged weights gain over the input,
+    the same where both images are pale, and how well they return truths and pale truths. Returns
+    these rows."""
+    model.eval()
+    returned = {}  # by file
+
+    def of(image, gt):
+        return float(psnr(restore(model, image), gt))
 
     def measure(sample):
-        row, _, gt = evaluate_image(partial(restore, model), sample)
+        degraded, gt = evaluation_pair(sample)
+        row = dict(task=sample.task, source=source_of(sample), input=float(psnr(degraded, gt)))
+        row["gain"] = of(degraded, gt) - row["input"]
+        if sample.task not in NEVER_PALE:
+            before = float(psnr(pale(degraded), pale(gt)))
+            row["pale gain"] = of(pale(degraded), pale(gt)) - before
         if sample.gt not in returned:
-            returned[sample.gt] = psnr(restore(model, gt), gt).item()
-        return row | dict(paired=bool(sample.degraded), clean=returned[sample.gt])
+            returned[sample.gt] = {"truth": of(gt, gt), "pale truth": of(pale(gt), pale(gt))}
+        return row | returned[sample.gt]
 
-    model.eval()
-    rows = runs.parallel_map(measure, val, "validate", stop)
-    for paired, name in ((True, "pairs"), (False, "synthesised")):
-        part = [row for row in rows if row["paired"] == paired]
-        if part:
-            runs.say(f"\nvalidation, {name}\n{report.gain_table(part)}")
-            runs.say(f"their clean images are returned at {report.mean(part, 'clean'):.2f} dB")
+    rows = pd.DataFrame(runs.parallel_map(measure, val, "validate", stop))
+    lines = []
+    for task, of_task in rows.groupby("task", sort=False):
+        sources = [(f"{task}, {name}", part) for name, part in of_task.groupby("source")]
+        for name, part in [(task, of_task), *(sources if len(sources) > 1 else [])]:
+            means = part.reindex(columns=VALIDATED).mean()
+            cells = ["" if math.isnan(mean) else f"{mean:.2f}" for mean in means]
+            lines.append([name, len(part), *cells])
+    runs.say(f"\n{report.markdown(['dB', 'images', *VALIDATED], lines)}")
+    return rows
 
 
 def pretrain(config, stop):
     """Trains, and prints what the averaged weights gain on the validation images."""
     samples, val = find_samples(config, stop)
     net = make_model(config).train().to(config.device, memory_format=torch.channels_last)
+    averaged, optimizers = runs.averaged(net, config.ema), optimizers_of(net, config)
 
-    averaged = runs.averaged(net, config.ema)
-    optimizers = optimizers_of(net, config)
-
-    def stage(step):  # (crop, batch size): each crop size in turn, as many pixels
+    def crop_and_size(step):  # each crop in turn, as many pixels a step
         crop = config.crop[step // TURN % len(config.crop)]
         return crop, max(1, config.batch_size * config.crop[0] ** 2 // crop**2)
 
-    folder = Path(config.out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     settings["processes"] = runs.processes()
-    total = runs.processes() * sum(stage(step)[1] for step in range(config.steps))
+    total = runs.processes() * sum(crop_and_size(step)[1] for step in range(config.steps))
     state = State(net, averaged, optimizers, settings, total)
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
     crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle, config.real)
+    half = torch.autocast(
+        torch.device(config.device).type, torch.bfloat16, enabled=config.amp == "bf16"
+    )
 
-    shell = config.device, config.workers, config.save_every
-    errors = (DataError, CheckpointError)
-    with runs.Run(folder, stop, "the same command", *shell, failures=errors) as run:
+    with runs.Run(
+        folder,
+        stop,
+        "the same command",
+        device=config.device,
+        workers=config.workers,
+        save_every=config.save_every,
+        failures=(DataError, CheckpointError),
+    ) as run:
         run.start(state, "pretrain", shown=dict(l1="loss/total"), steps=config.steps)
         while state.step < config.steps:
-            crops.crop, size = stage(state.step)
-            ends = TURN, config.eval_every  # of a crop size's turn, and until a validation
-            turn = min(*(n - state.step % n for n in ends), config.steps - state.step)
+            crops.crop, size = crop_and_size(state.step)
+            # until this crop's turn is over, or a validation is due
+            turn = min(n - state.step % n for n in (TURN, config.eval_every))
+            turn = min(turn, config.steps - state.step)
             for batch in run.batches(crops, size, state.seen + turn * size * runs.processes()):
                 factor = rate_factor(state.step, config)
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
                     optimizer.param_groups[0]["lr"] = lr * factor
-                kind = torch.device(config.device).type
                 rngs = [np.random.default_rng((config.seed, n, 2)) for n in batch.numbers]
-                with torch.autocast(kind, torch.bfloat16, enabled=config.amp == "bf16"):
+                with half:
                     encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
                     restored = net.decode(encoding)
                 loss = (restored - batch.gt).abs().mean()
                 net.zero_grad()
                 loss.backward()
-                metrics = run.step(optimizers, loss, max_norm=1.0)
-                if run.is_updating:
-                    averaged.update_parameters(net)
-                run.finish(metrics | {"crop": crops.crop})
+                run.update(optimizers, loss, {"crop": crops.crop}, max_norm=1.0)
             if state.step % config.eval_every == 0 and state.step < config.steps:
                 validate(averaged.module, val, stop)
                 run.start_clock()
         run.save("last.pt")
-        model = averaged.module.eval()
-        weights = dict(model=model.state_dict(), config=net.config)
+        weights = dict(model=averaged.module.state_dict(), config=net.config)
         runs.save_checkpoint(folder / "model.pt", weights)
-        validate(model, val, stop)
+        validate(averaged.module, val, stop)
     runs.say(f"the model is {folder / 'model.pt'}")
 
 
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
-    config = runs.flags(Config, "pretrain.py", __doc__, argv)
+    config = runs.flags(Config, "experiments.pretrain", __doc__, argv)
     check(config)
     config.device = runs.join(config.device)
     with runs.Stop(config.max_minutes) as stop:
@@ -442,7 +482,7 @@ def run_program(argv):
 
 
 def main(argv=None):
-    return runs.program("pretrain.py", run_program, argv, (DataError, CheckpointError))
+    return runs.program("experiments.pretrain", run_program, argv, (DataError, CheckpointError))
 
 
 if __name__ == "__main__":

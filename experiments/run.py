@@ -1,15 +1,14 @@
-"""Repeats the experiments of this folder: every arm with every seed, into runs/results/ARM/SEED.
+"""Repeats the experiments: every arm with every seed, into runs/results/ARM/SEED.
 
-    python results/run.py                          the arms of the README, seeds 0 to 4
-    python results/run.py --arms main data
-    python results/run.py --arms irpo sft --seeds 0 1 --jobs 2
-    python results/run.py --seeds 0 1 --flags='--lr 1e-4 --head-lr-factor 21' --out runs/sweep/1e-4
+    python -m experiments.run                          the arms of the README, seeds 0 to 4
+    python -m experiments.run --arms main data
+    python -m experiments.run --arms irpo sft --seeds 0 1 --jobs 2
+    python -m experiments.run --seeds 0 1 --flags='--lr 1e-4' --out runs/sweep/1e-4
 
 What is done is left alone, what was stopped goes on. Jobs run side by side, each on one CPU thread
 if there are several.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+import runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +73,7 @@ class Config:
     """which of them, or groups of them: main, time, data, tables, judged"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """seeds of every arm"""
-    out: Path = ROOT / "runs" / "results"
+    out: Path = Path("runs/results")
     """folder of the run folders"""
     jobs: int = 1
     """runs side by side"""
@@ -82,50 +81,56 @@ class Config:
     """further flags of every run: --flags='--steps 40 --device cpu'"""
 
 
-def run(config, arm, seed, threads):
+def run(config, arm, seed, threads=None):
     """One run to its end on so many CPU threads (None: all), True if it reached it; what it prints
     goes to SEED.log."""
-    folder = config.out / arm / str(seed)
+    folder = config.out.resolve() / arm / str(seed)
     flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
     flags += shlex.split(f"{ARMS[arm]} {config.flags}")
-    begun = (folder / "config.json").exists()
-    if begun:
-        command = json.loads((folder / "config.json").read_text())["command"]
+    if (folder / "config.json").exists():
+        command = runs.load_json(folder / "config.json")["command"]
         if not f"{command} ".startswith(shlex.join(["python", "train.py", *flags]) + " "):
             print(f"{folder} was begun by another command, {command}: choose another --out")
             return False
-    if (folder / "report.json").exists():
+        flags = ["--resume", str(folder)]
+    elif scores := sorted(config.out.resolve().glob("*/*/hard.json")):
+        flags += ["--scores", str(scores[0])]
+    report = folder / "report.json"
+    if report.exists():
         return True
-    scores = sorted(config.out.glob("*/*/hard.json"))
-    flags += ["--scores", str(scores[0])] if scores else []
-    command = [sys.executable, "train.py", *(["--resume", str(folder)] if begun else flags)]
-    threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with open(f"{folder}.log", "a") as log:
-        subprocess.run(
-            command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=subprocess.STDOUT
-        )
-    is_done = (folder / "report.json").exists()
-    print(f"{arm} {seed}: {'done' if is_done else f'not done, see {folder}.log'}", flush=True)
-    return is_done
+        command = [sys.executable, "train.py", *flags]
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    print(
+        f"{arm} {seed}: {'done' if report.exists() else f'not done, see {folder}.log'}", flush=True
+    )
+    return report.exists()
 
 
-def main():
-    config = tyro.cli(Config, description=__doc__)
-    config.out = config.out.resolve()
-    config.arms = tuple(arm for name in config.arms for arm in GROUPS.get(name, (name,)))
-    unknown = set(config.arms) - set(ARMS)
-    if unknown:
-        known = ", ".join([*GROUPS, *ARMS])
-        sys.exit(f"results/run.py: there is no arm {unknown.pop()!r}; known: {known}")
-    pairs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    done, threads = [], 1 if config.jobs > 1 else None
+def run_program(argv):
+    config = runs.flags(Config, "experiments.run", __doc__, argv)
+    arms = [arm for name in config.arms for arm in GROUPS.get(name, [name])]
+    for arm in arms:
+        if arm not in ARMS:
+            known = ", ".join([*GROUPS, *ARMS])
+            raise runs.RunError(f"there is no arm {arm!r}; known: {known}")
+    todo = [(arm, seed) for seed in config.seeds for arm in arms]
+    done = []
     if not list(config.out.glob("*/*/hard.json")):  # alone: the others take its scores over
-        done.append(run(config, *pairs.pop(0), None))
+        arm, seed = todo.pop(0)
+        done.append(run(config, arm, seed))
     with ThreadPoolExecutor(config.jobs) as pool:
-        done += pool.map(lambda pair: run(config, *pair, threads), pairs)
-    sys.exit(0 if all(done) else 1)
+        threads = 1 if config.jobs > 1 else None
+        futures = [pool.submit(run, config, arm, seed, threads) for arm, seed in todo]
+        done += [future.result() for future in futures]
+    return 0 if all(done) else 1
+
+
+def main(argv=None):
+    return runs.program("experiments.run", run_program, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
