@@ -259,23 +259,20 @@ def write_report(config, run, pretrained, reward, held_out):
         captions[0] = f"{held_out[i].task}: {captions[0][0]}", degraded
         rows.append([*captions, (f"truth  ({gains[i]:+.2f} dB)", gt)])
     runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
-    logged = list(runs.read_metrics(folder))
-    every = 1 + len(logged) // 10_000  # what a plot can show
-    report.plot_curves(
-        folder / "curves.png", list(itertools.islice(logged, 0, None, every)), state.history
-    )
+    every = 1 + state.step // 10_000  # what a plot can show; of a long run too many to hold
+    shown = list(itertools.islice(runs.read_metrics(folder), 0, None, every))
+    report.plot_curves(folder / "curves.png", shown, state.history)
     hard = mining.select(before, 0.3)
     table = report.before_after_table(before, after, hard)
     notes = []
-    if lost := sum(row["skipped"] for row in logged):
+    if lost := sum(row["skipped"] for row in runs.read_metrics(folder)):
         notes.append(f"In {lost} steps loss or gradient were not finite; they were skipped.")
+    if config.expert.judge != "none":
+        failures = sum(row.get("judge/failures", 0) for row in runs.read_metrics(folder))
+        notes.append("The reward is without the judge's part.")
+        notes.append(f"The judge left {failures:.0f} rollouts without a score.")
     if reward.is_judge_alone:
-        notes.append("The reward is that of --rewards default, not the judge's, which trained.")
-    elif config.expert.judge != "none":
-        failures = int(sum(row.get("judge/failures", 0) for row in logged))
-        notes.append(
-            f"The reward is without the judge's part. It left {failures} rollouts unscored."
-        )
+        notes.append("The judge alone trained: the reward here is that of --rewards default.")
     text = f"""# {config.objective}: before and after, {len(before)} held-out images
 
 {table}

@@ -44,23 +44,6 @@ def test_our_step_is_the_plain_step(dtype):
             assert torch.allclose(ours[name], gradient, rtol=0, atol=atol), name
 
 
-def test_the_memory_of_a_group_does_not_grow_beyond_its_images():
-    net, g = small_adair(), torch.Generator().manual_seed(0)
-    policy, x = policy_for(net), torch.rand(1, 3, 64, 64, generator=g)
-    with torch.no_grad():
-        encoding = net.encode(x)
-
-    def peak(group):
-        with bench.peak_memory("cpu", peaks := []):
-            rollout(net, policy, encoding, group, [g])
-        return peaks[0] * 2**20
-
-    peak(4)
-    images = x.numel() * 4
-    assert peak(16) - peak(4) < 2.5 * 12 * images  # the images, and once more while they are joined
-    assert peak(4) > 20 * images  # what a decode holds is another order of magnitude
-
-
 def test_norms_divide_scores_as_they_would_the_maps():
     """channel_attention against softmax(q̂ k̂ᵀ τ) v and the projection after it, four heads."""
     q, k, v = torch.randn(3, 2, 16, 5, 7, dtype=torch.float64)

@@ -300,8 +300,8 @@ def shell(tmp_path, request):
     """A run of 6 crops without a model: what stands around a loop."""
     workers = getattr(request, "param", 0)
     state = SimpleNamespace(
-        live=torch.nn.Identity(),
-        averaged=runs.averaged(torch.nn.Identity(), 0.0),
+        live=torch.nn.Linear(1, 1),
+        averaged=runs.averaged(torch.nn.Linear(1, 1), 0.0),
         step=0,
         seen=0,
         total=6,

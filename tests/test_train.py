@@ -235,11 +235,11 @@ def test_a_data_folder_is_counted_and_repeated_as_adair_does(small, tmp_path, ca
             times = times or dict(derain=120, deblur=5)
             flags = ["--data-root", tmp_path / "d", "--select", select, "--repeats", repeats]
             config = parse(small(f"{select}-{repeats}", *flags))
-            samples, *_ = train.usable_samples(config.samples, 1)
+            samples, *_ = study.usable_samples(config.samples, 1)
             folder = tmp_path / f"{select}-{repeats}"
             folder.mkdir()
             with runs.Run(folder, runs.Stop(), "") as run:
-                found = train.hard_samples(config, run, small_adair(), samples)
+                found = study.hard_samples(config, run, small_adair(), samples)
             images = 4 if select == "all" else 1  # of 4 that are not set aside
             assert {t: sum(s.task == t for s in found) for t in times} == {
                 t: images * n for t, n in times.items()
@@ -350,7 +350,7 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
             encoding = net.encode(degraded)
             y_det = net.decode(encoding, policy.mean())
             same = net.decode(encoding, policy.mean(), copies=8)[None]
-        group = rollout(net, policy, encoding, 8, [torch.Generator().manual_seed(0)], at_once=8)
+        group = rollout(net, policy, encoding, 8, [torch.Generator().manual_seed(0)])
         losses.append((psnr(y_det, gt) - psnr(group.restored[0], gt).mean()).item())
         for y, found in ((group.restored, deviations), (same, rounding)):
             found.append(score(y, degraded, gt, [sample.task])[0].std().item())
@@ -429,7 +429,7 @@ def test_resume_wants_a_run_folder_and_nothing_else(small, tmp_path, capsys):
     early = dataclasses.asdict(config)
     del early["samples"]["draws"]
     runs.save_json(tmp_path / "config.json", early)
-    assert "version ('draws')" in fails(capsys, train.main, ["--resume", tmp_path])
+    assert "version ('draws' is missing)" in fails(capsys, train.main, ["--resume", tmp_path])
     (tmp_path / "config.json").write_text('{"steps": 3}')
     assert "is not of this version" in fails(capsys, train.main, ["--resume", tmp_path])
 
