@@ -5,6 +5,7 @@ Flags win over the preset. config.json of a run is its `Config`.
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import time
@@ -255,15 +256,14 @@ def load_config(folder):
     if not path.exists():
         raise runs.RunError(f"{folder} is no run folder: it has no config.json")
     stored = runs.load_json(path)
-    wanted = dataclasses.asdict(Config())
-    for group, values in wanted.items():
-        found = stored.get(group) if isinstance(stored, dict) else None
-        names = values.keys() if dataclasses.is_dataclass(getattr(Config(), group)) else ()
-        absent = [name for name in names if name not in (found or {})]
-        if group not in stored or absent:
-            what = absent[0] if absent else group
-            raise runs.RunError(f"{path} is not of this version ('{what}' is missing)")
-    return runs.validated(Config, stored)
+    try:
+        config = runs.validated(Config, stored)
+        is_whole = json.loads(json.dumps(dataclasses.asdict(config))) == stored
+    except runs.RunError:
+        is_whole = False
+    if not is_whole:  # a field was added, renamed or taken away since
+        raise runs.RunError(f"{path} is not of this version: start a new run")
+    return config
 
 
 def check_resumed(config, stored):
@@ -276,14 +276,9 @@ def check_resumed(config, stored):
         training=dataclasses.replace(config.training, max_minutes=stored.training.max_minutes),
     )
     if kept != stored:
-        raise runs.RunError(
-            "a resumed run keeps its settings: "
-            "give --resume RUN alone, or with --max-minutes and --judge… flags"
-        )
+        raise runs.RunError("a resumed run keeps its settings, but --max-minutes and --judge…")
     if (config.expert.judge == "none") != (stored.expert.judge == "none"):
-        raise runs.RunError(
-            f"{config.resume} keeps its reward: a run cannot gain or lose its judge"
-        )
+        raise runs.RunError(f"{config.resume}: a run cannot gain or lose its judge")
     is_servers = runs.is_url(config.expert.judge)
     if not is_servers and config.expert.judge_model == stored.expert.judge_model:
         config.expert.judge_model = None
@@ -292,16 +287,8 @@ def check_resumed(config, stored):
 
 
 # Flags of the policy that do nothing where the heads, or the backbone, are not trained.
-OF_HEADS = (
-    "advantage_eps",
-    "clip",
-    "kl_beta",
-    "entropy_tau",
-    "kl",
-    "inner_epochs",
-    "shuffle_advantages",
-)
-OF_BACKBONE = ("supervise", "lambda_sup", "lambda_cons")
+OF_HEADS = "advantage_eps clip kl_beta entropy_tau kl inner_epochs shuffle_advantages".split()
+OF_BACKBONE = "supervise lambda_sup lambda_cons".split()
 
 
 def check(config):
@@ -326,10 +313,7 @@ def check(config):
     elif training.freeze_backbone:
         refuse_idle(config, OF_BACKBONE, "--freeze-backbone")
     if runs.is_url(expert.judge) != bool(expert.judge_model):
-        raise runs.RunError(
-            "--judge-model names the model of a server: "
-            "it goes with --judge http://… and only with that"
-        )
+        raise runs.RunError("--judge-model goes with --judge http://…, and only with that")
 
 
 def refuse_idle(config, names, where):

@@ -132,10 +132,7 @@ def check_device(device):
             keep_freed_memory()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:100]
-        raise RunError(
-            f"--device {device!r} is no device of this machine that can be used ({reason}); "
-            "cpu always is"
-        ) from None
+        raise RunError(f"--device {device!r} is no device of this machine ({reason})") from None
 
 
 def is_url(text):
@@ -169,17 +166,11 @@ def join(wanted):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return wanted
     if "LOCAL_RANK" not in os.environ:
-        raise RunError(
-            "WORLD_SIZE is set, but torchrun did not start this process: unset it, or start with "
-            "torchrun"
-        )
+        raise RunError("WORLD_SIZE is set without torchrun: unset it, or start with torchrun")
     if on_gpu(wanted):
         there = torch.cuda.device_count()
         if torch.device(wanted).index is not None or local_rank() >= there:
-            raise RunError(
-                f"--device {wanted}: under torchrun process i of a machine takes cuda:i, "
-                f"and this one has {there} GPU(s)"
-            )
+            raise RunError(f"--device {wanted}: process i takes cuda:i, and there are {there} GPUs")
         wanted = f"cuda:{local_rank()}"
         torch.cuda.set_device(wanted)
     if not dist.is_initialized():
@@ -228,10 +219,7 @@ def collective():
         raise
     except RuntimeError as error:  # gloo has no class of its own
         reason = str(error).split("\n")[0].split(". ")[0][-200:]
-        raise ProcessError(
-            f"another process of this run ended or hangs ({reason}); "
-            "its own message, if it had one, says why"
-        ) from None
+        raise ProcessError(f"another process of this run ended or hangs ({reason})") from None
 
 
 def gather(value):
@@ -254,10 +242,7 @@ def same_everywhere(what, value):
     folder."""
     for i, other in enumerate(gather(value)):
         if other != value:
-            raise RunError(
-                f"process {i} has another {what} than process {rank()}: "
-                "all machines need the same files under the same paths"
-            )
+            raise RunError(f"process {i} has another {what}: all need the same files and paths")
 
 
 def parallel_map(function, items, desc, stop=None):
@@ -415,9 +400,7 @@ class Run:
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {step}") from None
         if isinstance(error, ProcessError) and reason:  # asked to end, as the other one was
-            raise Stopped(
-                f"{reason}, {step}; another process of this run had ended before"
-            ) from None
+            raise Stopped(f"{reason}, {step}; another process had ended before") from None
         if isinstance(error, self.failures):
             message = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else error
             raise RunError(f"{message}, {step}; {self.again} goes on") from None
@@ -553,9 +536,8 @@ def write_atomic(path, content):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{path} could not be written ({error.strerror}); what was there before is intact"
-        ) from None
+        said = f"{path} could not be written ({error.strerror})"
+        raise RunError(f"{said}; what was there before is intact") from None
 
 
 def save_checkpoint(path, state):
@@ -605,24 +587,20 @@ class Log:
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(self, step, metrics):
-        if not self.file:
-            return
-        # of a skipped step some are not finite
+        """A row. Of a skipped step some metrics are not finite: they are left out."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         try:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.file.flush()
+            if self.file:
+                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+                self.file.flush()
+            self.show(step, metrics)
         except OSError as error:
             raise RunError(f"the log {self.path} could not be written ({error.strerror})") from None
-        self.show(step, metrics)
 
     def show(self, step, metrics):
         """Writes to TensorBoard alone."""
-        try:
-            for name, value in metrics.items() if self.file else ():
-                self.board.add_scalar(name, value, step)
-        except OSError as error:
-            raise RunError(f"the log {self.path} could not be written ({error.strerror})") from None
+        for name, value in metrics.items() if self.file else ():
+            self.board.add_scalar(name, value, step)
 
     def close(self):
         if self.file:
