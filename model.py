@@ -556,7 +556,7 @@ def adair_config(state):
 
 def model_digest(model):
     """Hash of what a model computes: its configuration, its tensors' names and values."""
-    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
+    digest = hashlib.sha256(repr(sorted(getattr(model, "config", {}).items())).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,14 +1,20 @@
 """What stands around the loop of a method, whichever it is: its samples and its reward, its
 validations, the report of before against after, and the controls that take a part of it away."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
+import os
+import shlex
+import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import grpo
@@ -27,8 +33,87 @@ from data import (
     task_names,
     training_table,
 )
+from judge import Judge, JudgeError
 from metrics import evaluate_image, evaluation_pair, psnr
-from model import model_digest, restore
+from model import CheckpointError, model_digest, read_checkpoint, restore
+from policy import PolicyError
+
+JUDGE = Path(__file__).with_name("judge.py")
+ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
+
+# ----------------------------------------------------------------------------------------- a run
+
+
+def carry_out(config, load, method):
+    """A run from its flags to its report, until it is done or asked to end.
+
+    load(config) -> the pre-trained model. method(config, run, pretrained, reward, samples, val,
+    judge=…, checkpoint=…) -> the State after the last step.
+    """
+    config.device = runs.join(config.device)
+    config.out = runs.gather(config.out)[0]  # its default has the time in it
+    folder = Path(config.resume or config.out)
+    with runs.Stop(config.training.max_minutes) as stop:
+        try:
+            with make_judge(config, folder, stop) as judge:
+                train(config, folder, stop, judge, load, method)
+        except runs.Stopped as stopped:
+            begun = (folder / "config.json").exists()
+            again = f"--resume {folder}" if begun else "the same command"
+            runs.say(f"stopped by {stopped}; {again} goes on")
+
+
+def train(config, folder, stop, judge, load, method):
+    """What a run is made of, the method, before against after."""
+    if not config.resume and runs.rank() == 0:
+        runs.refuse_existing(folder)
+    last = folder / "last.pt"
+    checkpoint = read_checkpoint(last) if config.resume and last.exists() else None
+    if checkpoint is not None and not (isinstance(checkpoint, dict) and "step" in checkpoint):
+        raise CheckpointError(f"{last} is not the last.pt of a run")
+
+    # The three things a run is made of: a pre-trained model, a reward, samples.
+    pretrained, reward = load(config), make_reward(config, judge is not None)
+    samples, val, held_out = usable_samples(config.samples, rewards.smallest_side(reward.weights))
+    reward.try_plugs(
+        evaluation_pair(val[0])[1][:, : config.samples.crop, : config.samples.crop],
+        has_gradient="reward" in config.objective,
+    )
+    step = checkpoint["step"] if checkpoint else None
+    runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if judge:
+        start_judge(judge, val[0], config)
+    store_config(config, folder)  # now --resume goes on
+    describe_reward(config, reward, folder)
+
+    with runs.Run(
+        folder,
+        stop,
+        again=f"--resume {folder}",
+        device=config.device,
+        workers=config.samples.workers,
+        save_every=config.training.save_every,
+        keep_every=config.training.keep_every,
+        failures=ERRORS,
+    ) as run:
+        state = method(
+            config, run, pretrained, reward, samples, val, judge=judge, checkpoint=checkpoint
+        )
+        run.save("last.pt")
+        if len(set(runs.gather(model_digest(state.live)))) > 1:
+            runs.say("note: the processes' weights are not equal to the bit; the first's are kept")
+        write_report(config, run, pretrained, reward, held_out)
+
+
+def store_config(config, folder):
+    """Writes config.json, from which --resume goes on, on other devices of the kind, too."""
+    device = config.device if runs.processes() == 1 else torch.device(config.device).type
+    training = dataclasses.replace(config.training, max_minutes=None)
+    stored = dataclasses.replace(config, resume=None, device=device, training=training)
+    runs.save_json(folder / "config.json", dataclasses.asdict(stored))
+
 
 # ------------------------------------------------------------------------------- reward and samples
 
@@ -57,31 +142,66 @@ def make_reward(config, has_judge):
     return reward
 
 
-def try_reward(config, reward, sample):
-    """Tries the user's own rewards on a crop of a sample: what fails should fail before anything
-    is mined. Raises RewardError."""
-    _, gt = evaluation_pair(sample)
-    reward.try_plugs(
-        gt[:, : config.samples.crop, : config.samples.crop],
-        has_gradient="reward" in config.objective,
+def describe_reward(config, reward, folder):
+    """Prints and stores the table of terms."""
+    expert = config.expert
+    rows = rewards.describe_terms(
+        reward.weights, judge=f"{expert.judge_model or expert.judge}, {expert.judge_mode}"
     )
-
-
-def store_config(config, folder):
-    """Writes config.json, from which --resume goes on, on other devices of the kind, too."""
-    device = config.device if runs.processes() == 1 else torch.device(config.device).type
-    training = dataclasses.replace(config.training, max_minutes=None)
-    stored = dataclasses.replace(config, resume=None, device=device, training=training)
-    runs.save_json(folder / "config.json", dataclasses.asdict(stored))
-
-
-def describe_reward(reward, judge, folder):
-    """Prints and stores the table of terms; judge: what to call it."""
-    rows = rewards.describe_terms(reward.weights, judge)
     table = report.markdown(rows[0], [row.values() for row in rows])
     runs.say("reward, Eq. 22: weights are renormalised over the terms that are on (--rewards)")
     runs.say(f"{table}\n")
     runs.save_json(folder / "rewards.json", rows)
+
+
+def make_judge(config, folder, stop):
+    """The judge --judge asks for, not yet started, in a context that ends it; or of None."""
+    expert = config.expert
+    if expert.judge == "none":
+        return contextlib.nullcontext()
+    batch = config.training.batch_size * config.policy.group_size
+    command = [sys.executable, str(JUDGE), f"--parent={os.getpid()}", f"--batch-size={batch}"]
+    command += [f"--mode={expert.judge_mode}", f"--model={expert.judge_model or expert.judge}"]
+    if runs.is_url(expert.judge):
+        # a little less time than we wait for it, so that it can say which request failed
+        timeout = 0.9 * expert.judge_timeout
+        command += [f"--server={expert.judge}", f"--timeout={timeout}", "--device=cpu"]
+    else:
+        command.append(f"--device={expert.judge_device or judge_device(config.device)}")
+    if expert.judge_prompt:
+        command.append(f"--prompt={expert.judge_prompt}")
+    command += shlex.split(expert.judge_args)
+    name = f"judge-{runs.rank()}.log" if runs.rank() else "judge.log"
+    judge = Judge(command, folder / name, expert.judge_timeout, expert.judge_patience, stop.check)
+    return contextlib.closing(judge)
+
+
+def judge_device(device):
+    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside
+    a CPU trainer to the CPU. Raises RunError if there is no such GPU."""
+    if not runs.on_gpu(device):
+        return "cpu"
+    world, taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device(device).index or 0
+    wanted = 0 if world == 1 and taken else world + runs.local_rank()
+    if wanted >= torch.cuda.device_count():
+        raise runs.RunError(
+            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has "
+            f"{torch.cuda.device_count()}: name one with --judge-device ({device} would be shared "
+            "with the training), or a server with --judge"
+        )
+    return f"cuda:{wanted}"
+
+
+def start_judge(judge, sample, config):
+    """Has it score a batch of a step's size: what it cannot do shows before anything is
+    computed."""
+    runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
+    n, side = config.training.batch_size, config.samples.crop
+    degraded, gt = (
+        F.interpolate(image[None], (side, side)).repeat(n, 1, 1, 1)
+        for image in evaluation_pair(sample)
+    )
+    judge.start(degraded, gt, config.policy.group_size)
 
 
 def usable_samples(config, side):

@@ -5,31 +5,19 @@
 Its flags are in config.py.
 """
 
-import contextlib
 import copy
-import os
-import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import grpo
-import rewards
 import runs
 import study
 from config import parse
-from data import Crops, DataError
-from judge import Judge, JudgeError
-from metrics import evaluation_pair
-from model import CheckpointError, load_pretrained, model_digest, read_checkpoint, restore
-from policy import USUAL, PolicyError, load_policy, policy_for, policy_state, states_on
-
-JUDGE = Path(__file__).with_name("judge.py")
-ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
-
+from data import Crops
+from model import CheckpointError, load_pretrained, restore
+from policy import USUAL, load_policy, policy_for, policy_state, states_on
 
 # -------------------------------------------------------------------------------------- the method
 
@@ -222,7 +210,7 @@ def heads_loss(settings, state, group, old, advantages, weights):
     return loss, metrics | statistics
 
 
-def fine_tune(config, run, pretrained, reward, samples, val, checkpoint=None):
+def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
     """The controls: the same samples, steps and rates, no rollouts and no RL. The deterministic
     output learns from L1 (sft), from the gradient of the reward itself, which RL does without
     (reward), or from both (reward+sft). Returns the State after the last step."""
@@ -259,132 +247,23 @@ def half_precision(config):
     return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
 
 
-# -------------------------------------------------------------------------------- around the method
+# ------------------------------------------------------------------------------------- the program
 
 
-def train(config, stop, judge=None):
-    """A run from its files to its report: what it is made of, the method, before against after."""
-    folder = Path(config.resume or config.out)
-    if not config.resume and runs.rank() == 0:
-        runs.refuse_existing(folder)
-    last = folder / "last.pt"
-    checkpoint = read_checkpoint(last) if config.resume and last.exists() else None
-    if checkpoint is not None and not (isinstance(checkpoint, dict) and "step" in checkpoint):
-        raise CheckpointError(f"{last} is not the last.pt of a run")
-
-    # The three things a run is made of: a pre-trained model, a reward, samples.
-    pretrained = load_pretrained(config.init, config.policy.mask_rule)
-    pretrained = pretrained.to(config.device, memory_format=torch.channels_last)
-    reward = study.make_reward(config, judge is not None)
-    side = rewards.smallest_side(reward.weights)
-    samples, val, held_out = study.usable_samples(config.samples, side)
-    study.try_reward(config, reward, val[0])
-    step = checkpoint["step"] if checkpoint else None
-    runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if judge:
-        start_judge(judge, val[0], config)
-    study.store_config(config, folder)  # now --resume goes on
-    expert = config.expert
-    name = judge and f"{expert.judge_model or expert.judge}, {expert.judge_mode}"
-    study.describe_reward(reward, name, folder)
-
-    with runs.Run(
-        folder,
-        stop,
-        again=f"--resume {folder}",
-        device=config.device,
-        workers=config.samples.workers,
-        save_every=config.training.save_every,
-        keep_every=config.training.keep_every,
-        failures=ERRORS,
-    ) as run:
-        if config.objective == "irpo":
-            state = post_train(
-                config, run, pretrained, reward, samples, val, judge=judge, checkpoint=checkpoint
-            )
-        else:
-            state = fine_tune(config, run, pretrained, reward, samples, val, checkpoint=checkpoint)
-        run.save("last.pt")
-        if len(set(runs.gather(model_digest(state.live["model"])))) > 1:
-            runs.say(
-                "note: the processes' weights are not equal to the bit; the first one's are kept"
-            )
-        study.write_report(config, run, pretrained, reward, held_out)
-
-
-def make_judge(config, stop):
-    """The judge --judge asks for, not yet started, in a context that ends it; or of None."""
-    expert = config.expert
-    if expert.judge == "none":
-        return contextlib.nullcontext()
-    batch = config.training.batch_size * config.policy.group_size
-    command = [sys.executable, str(JUDGE), f"--parent={os.getpid()}", f"--batch-size={batch}"]
-    command += [f"--mode={expert.judge_mode}", f"--model={expert.judge_model or expert.judge}"]
-    if runs.is_url(expert.judge):
-        # a little less time than we wait for it, so that it can say which request failed
-        timeout = 0.9 * expert.judge_timeout
-        command += [f"--server={expert.judge}", f"--timeout={timeout}", "--device=cpu"]
-    else:
-        command.append(f"--device={expert.judge_device or judge_device(config.device)}")
-    if expert.judge_prompt:
-        command.append(f"--prompt={expert.judge_prompt}")
-    command += shlex.split(expert.judge_args)
-    name = f"judge-{runs.rank()}.log" if runs.rank() else "judge.log"
-    log = Path(config.resume or config.out) / name
-    judge = Judge(command, log, expert.judge_timeout, expert.judge_patience, stop.check)
-    return contextlib.closing(judge)
-
-
-def judge_device(device):
-    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside
-    a CPU trainer to the CPU. Raises RunError if there is no such GPU."""
-    if not runs.on_gpu(device):
-        return "cpu"
-    world, taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device(device).index or 0
-    wanted = 0 if world == 1 and taken else world + runs.local_rank()
-    if wanted >= torch.cuda.device_count():
-        raise runs.RunError(
-            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has "
-            f"{torch.cuda.device_count()}: name one with --judge-device ({device} would be shared "
-            "with the training), or a server with --judge"
-        )
-    return f"cuda:{wanted}"
-
-
-def start_judge(judge, sample, config):
-    """Has it score a batch of a step's size: what it cannot do shows before anything is
-    computed."""
-    runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
-    n, side = config.training.batch_size, config.samples.crop
-    degraded, gt = (
-        F.interpolate(image[None], (side, side)).repeat(n, 1, 1, 1)
-        for image in evaluation_pair(sample)
-    )
-    judge.start(degraded, gt, config.policy.group_size)
+def load(config):
+    """The pre-trained model that --init names."""
+    model = load_pretrained(config.init, config.policy.mask_rule)
+    return model.to(config.device, memory_format=torch.channels_last)
 
 
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
-    if argv[:1] == ["pretrain"]:
-        raise runs.RunError("pre-training is a program of its own, python -m experiments.pretrain")
     config = parse(argv)
-    config.device = runs.join(config.device)
-    config.out = runs.gather(config.out)[0]  # its default has the time in it
-    folder = Path(config.resume or config.out)
-    with runs.Stop(config.training.max_minutes) as stop:
-        try:
-            with make_judge(config, stop) as judge:
-                train(config, stop, judge)
-        except runs.Stopped as stopped:
-            begun = (folder / "config.json").exists()
-            again = f"--resume {folder}" if begun else "the same command"
-            runs.say(f"stopped by {stopped}; {again} goes on")
+    study.carry_out(config, load, post_train if config.objective == "irpo" else fine_tune)
 
 
 def main(argv=None):
-    return runs.program("train.py", run_program, argv, ERRORS)
+    return runs.program("train.py", run_program, argv, study.ERRORS)
 
 
 if __name__ == "__main__":

@@ -362,12 +362,6 @@ def test_rollouts_vary_as_much_as_the_heads_start_with():
     )
 
 
-def test_old_command_lines_name_the_new_program(capsys):
-    assert fails(capsys, train.main, ["pretrain", "--steps", 1]).endswith(
-        "program of its own, python -m experiments.pretrain"
-    )
-
-
 # ---------------------------------------------------------------------------------------- bad input
 
 
