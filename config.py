@@ -71,8 +71,6 @@ class Training:
     """images per update and process, each with a group of its own, Table 6: 1"""
     lr: NotNegative = 1e-5
     """Adam's rate for the backbone, Table 6: 3e-5"""
-    head_lr_factor: NotNegative = 210.0
-    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates"""
     warm_up: Count = 10
     """updates in which the rates rise from 0"""
     schedule: Literal["constant", "linear"] = "linear"
@@ -80,10 +78,6 @@ class Training:
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.97
     """decay of the averaged weights, which are what is measured and kept; of n updates at most
     (1 + n) / (10 + n); 0: the last ones"""
-    freeze_backbone: bool = False
-    """train the heads alone, without Eq. 1 and 2"""
-    freeze_heads: bool = False
-    """train the backbone alone, on the best of G rollouts of the first policy, without Eq. 6"""
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
     eval_every: Positive = 60
@@ -104,9 +98,17 @@ class Policy:
     """G, rollouts per image, Table 5"""
     concentration: Annotated[float, Field(gt=2, le=3000)] = 30.0
     """α + β that the gates start with"""
+    advantage_scale: Literal["group", "batch"] = "group"
+    """what advantages are divided by: the deviation of a group, Eq. 8, or of the batch (LRPO)"""
     advantage_eps: AboveZero = 1e-12
     """ε of Eq. 8, inside the root: groups whose rewards deviate by less than √ε are damped;
     Appendix B: 1e-6"""
+    head_lr_factor: NotNegative = 210.0
+    """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates"""
+    freeze_backbone: bool = False
+    """train the heads alone, without Eq. 1 and 2"""
+    freeze_heads: bool = False
+    """train the backbone alone, on the best of G rollouts of the first policy, without Eq. 6"""
     clip: NotNegative = 0.2
     """ϵ of Eq. 10"""
     kl_beta: NotNegative = 0.04
@@ -203,37 +205,44 @@ def paper():
             epochs=30,
             batch_size=1,
             lr=3e-5,
-            head_lr_factor=6.0,
             warm_up=0,
             schedule="constant",
             ema=0.0,
             eval_every=5000,
             save_every=500,
         ),
-        policy=Policy(advantage_eps=1e-6),
+        policy=Policy(advantage_eps=1e-6, head_lr_factor=6.0),
         scoring=Scoring(rewards="paper"),
     )
 
 
 def parse(argv):
-    """The Config that flags ask for: over the preset, or over that of the run that goes on. Raises
-    RunError for flags that cannot work."""
+    """The Config of train.py that flags ask for. Raises RunError for flags that cannot work."""
     about = "GRPO post-training of an image restorer."
-    is_paper = "--preset=paper" in argv or ("--preset", "paper") in zip(argv, argv[1:])
-    preset = paper() if is_paper else Config()
-    config = runs.flags(Config, "train.py", about, argv, default=preset)
+    config = parse_over("train.py", about, dict(demo=Config(), paper=paper()), argv)
+    check(config)
+    return config
+
+
+def parse_over(program, about, presets, argv):
+    """What flags ask for: over the preset of {name: configuration}, or over the run that goes on.
+    Raises RunError for flags that cannot work."""
+    named = [b for a, b in zip(argv, argv[1:]) if a == "--preset"]
+    named += [flag.removeprefix("--preset=") for flag in argv if flag.startswith("--preset=")]
+    preset = presets.get(named[-1] if named else "demo", presets["demo"])
+    config = runs.flags(type(preset), program, about, argv, default=preset)
     if config.resume:
-        stored = load_config(config.resume)
-        config = runs.flags(Config, "train.py", about, argv, default=stored)
+        stored = load_config(type(preset), config.resume)
+        config = runs.flags(type(preset), program, about, argv, default=stored)
         check_resumed(config, stored)
     else:
         choose_length(config.training, preset.training)
         name = f"{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
         config.out = config.out or f"runs/{name}"
-        config.command = shlex.join(["python", "train.py", *argv])
+        config.command = shlex.join(["python", program, *argv])
     if Path(config.expert.judge).is_dir():
         config.expert.judge = str(Path(config.expert.judge).resolve())
-    check(config)
+    check_files(config)
     return config
 
 
@@ -250,14 +259,14 @@ def choose_length(training, preset):
         raise runs.RunError("--steps and --epochs are both 0: nothing would be trained")
 
 
-def load_config(folder):
-    """The Config in a run folder's config.json. Raises RunError."""
+def load_config(kind, folder):
+    """The configuration of class `kind` in a run folder's config.json. Raises RunError."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise runs.RunError(f"{folder} is no run folder: it has no config.json")
     stored = runs.load_json(path)
     try:
-        config = runs.validated(Config, stored)
+        config = runs.validated(kind, stored)
         is_whole = json.loads(json.dumps(dataclasses.asdict(config))) == stored
     except runs.RunError:
         is_whole = False
@@ -287,13 +296,14 @@ def check_resumed(config, stored):
 
 
 # Flags of the policy that do nothing where the heads, or the backbone, are not trained.
-OF_HEADS = "advantage_eps clip kl_beta entropy_tau kl inner_epochs shuffle_advantages".split()
+OF_HEADS = "advantage_scale advantage_eps clip kl_beta entropy_tau kl inner_epochs".split()
+OF_HEADS += ["shuffle_advantages"]
 OF_BACKBONE = "supervise lambda_sup lambda_cons".split()
 
 
-def check(config):
-    """Raises RunError, in one sentence, for values that cannot work together."""
-    training, expert = config.training, config.expert
+def check_files(config):
+    """Raises RunError unless the device, the files and the judge that are named can be used."""
+    expert = config.expert
     runs.check_device(config.device)
     if not config.resume:  # a run that goes on has its D_hard
         for path in config.samples.scores:
@@ -304,16 +314,21 @@ def check(config):
         shlex.split(expert.judge_args)
     except ValueError as error:
         raise runs.RunError(f"--judge-args: {error}") from None
-    if training.freeze_backbone and training.freeze_heads:
+    if runs.is_url(expert.judge) != bool(expert.judge_model):
+        raise runs.RunError("--judge-model goes with --judge http://…, and only with that")
+
+
+def check(config):
+    """Raises RunError, in one sentence, for values that cannot work together."""
+    policy = config.policy
+    if policy.freeze_backbone and policy.freeze_heads:
         raise runs.RunError("--freeze-backbone with --freeze-heads would train nothing")
     if config.objective != "irpo":
         check_control(config)
-    elif training.freeze_heads:
+    elif policy.freeze_heads:
         refuse_idle(config, OF_HEADS, "--freeze-heads")
-    elif training.freeze_backbone:
+    elif policy.freeze_backbone:
         refuse_idle(config, OF_BACKBONE, "--freeze-backbone")
-    if runs.is_url(expert.judge) != bool(expert.judge_model):
-        raise runs.RunError("--judge-model goes with --judge http://…, and only with that")
 
 
 def refuse_idle(config, names, where):
@@ -328,9 +343,9 @@ def refuse_idle(config, names, where):
 def check_control(config):
     """Raises RunError for flags of RL beside an --objective that has none."""
     control = f"--objective {config.objective}"
-    if config.training.freeze_backbone:
+    if config.policy.freeze_backbone:
         raise runs.RunError(f"{control} with --freeze-backbone would train nothing")
-    if config.training.freeze_heads:
+    if config.policy.freeze_heads:
         raise runs.RunError(f"{control} trains no heads: leave --freeze-heads out")
     if config.expert.judge != "none":
         raise runs.RunError(f"{control} can learn from no judge: leave --judge out")

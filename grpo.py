@@ -86,6 +86,14 @@ def group_advantages(rewards, eps=1e-6):
     return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
+def batch_advantages(rewards, eps=1e-4):
+    """The same divided by the deviation of the whole batch + ε, as LRPO has it: (B, G) -> (B, G),
+    without gradient. It is mostly the spread between images."""
+    rewards = rewards.detach()
+    scale = rewards[rewards.isfinite()].std(correction=0) + eps
+    return (rewards - rewards.mean(dim=-1, keepdim=True)) / scale
+
+
 def shuffled(advantages, generators):
     """The advantages (B, G) in random order within each group, by one generator for every group:
     the control that learning from rewards has to beat."""

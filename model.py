@@ -422,16 +422,18 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
     if tile is not None and (tile % 8 or tile <= 2 * overlap):
         raise ValueError(f"a tile is a multiple of 8 px above {2 * overlap}, not {tile} px")
     h, w = batch.shape[-2:]
-    weight = model.output.weight
-    padded = F.pad(batch.to(weight.device, weight.dtype), (0, -w % 8, 0, -h % 8), mode="reflect")
+    weight, multiple = next(model.parameters()), getattr(model, "multiple", 8)
+    padding = (0, -w % multiple, 0, -h % multiple)
+    padded = F.pad(batch.to(weight.device, weight.dtype), padding, mode="reflect")
+    run = partial(model, controller=controller) if controller else model
     if tile is None or max(h, w) <= tile:
-        result = model(padded, controller)
+        result = run(padded)
     else:
-        result = _restore_tiles(model, padded, tile, controller, overlap, progress)
+        result = _restore_tiles(run, padded, tile, overlap, progress)
     return result[..., :h, :w].reshape(image.shape).to(image.device)
 
 
-def _restore_tiles(model, padded, tile, controller, overlap, progress):
+def _restore_tiles(run, padded, tile, overlap, progress):
     h, w = padded.shape[-2:]
 
     def starts(side):
@@ -448,7 +450,7 @@ def _restore_tiles(model, padded, tile, controller, overlap, progress):
         here = (..., slice(top, top + tile), slice(left, left + tile))
         patch = padded[here]
         fade = window(patch.shape[-2])[:, None] * window(patch.shape[-1])
-        total[here] += fade * model(patch, controller)
+        total[here] += fade * run(patch)
         weight[here] += fade
     return total / weight
 
@@ -552,6 +554,43 @@ def adair_config(state):
         heads=[len(state[f"{name}.0.attn.temperature"]) for name in levels],
         ffn_expansion=next(c for c in candidates if c < high),
     )
+
+
+def load_restorer(path):
+    """The restorer at `path`, in eval mode and float32: a module (B, 3, H, W) -> (B, 3, H, W) of
+    images in [0, 1]. An AdaIR, or any architecture that spandrel tells from its weights.
+
+    Nothing in the file is executed: it is read as tensors and plain values alone. Raises
+    CheckpointError for one that is unknown, changes an image's size, or takes no RGB images.
+    """
+    state = read_checkpoint(path)
+    weights = state.get("model", state) if isinstance(state, dict) else state
+    if any("fre1.para1" in key for key in getattr(weights, "get", dict)("state_dict", weights)):
+        return load_adair(path, checkpoint=state)
+    import spandrel
+
+    try:
+        weights = spandrel.canonicalize_state_dict(weights)
+        found = spandrel.ModelLoader("cpu").load_from_state_dict(weights)
+    except Exception as error:  # an architecture that it does not know, or no weights at all
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path} is no restorer that spandrel knows ({words:.300})") from None
+    name, sizes = found.architecture.name, found.size_requirements
+    if not isinstance(found, spandrel.ImageModelDescriptor) or found.scale != 1:
+        raise CheckpointError(
+            f"{path} is a {name} of scale {found.scale}: wanted an image restorer"
+        )
+    if (found.input_channels, found.output_channels) != (3, 3) or sizes.square:
+        raise CheckpointError(f"{path} is a {name} that does not take RGB images of any size")
+    net = found.model.float().eval()
+    net.multiple, net.smallest = max(sizes.multiple_of, 1), max(sizes.minimum, 1)
+    return net
+
+
+def model_state(model):
+    """What a checkpoint holds of a model: its weights, and of an AdaIR its configuration."""
+    config = dict(config=model.config) if isinstance(model, AdaIR) else {}
+    return dict(model=model.state_dict(), **config)
 
 
 def model_digest(model):

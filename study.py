@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from data import (
 )
 from judge import Judge, JudgeError
 from metrics import evaluate_image, evaluation_pair, psnr
-from model import CheckpointError, model_digest, read_checkpoint, restore
-from policy import PolicyError
+from model import CheckpointError, model_digest, model_state, read_checkpoint, restore
+from policy import PolicyError, policy_state
 
 JUDGE = Path(__file__).with_name("judge.py")
 ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
@@ -115,6 +116,89 @@ def store_config(config, folder):
     runs.save_json(folder / "config.json", dataclasses.asdict(stored))
 
 
+@dataclass
+class State:
+    """What a run is at a step: all that a checkpoint holds."""
+
+    live: torch.nn.ModuleDict  # model, and a policy if it is a network of its own: what is trained
+    averaged: torch.nn.Module  # of the same: what is measured and kept
+    optimizer: torch.optim.Optimizer
+    rates: dict  # {name of a parameter group: its rate}
+    total: int  # crops of the whole run
+    reference: torch.nn.Module | None = None  # π_ref, if it is a network of its own
+    step: int = 0
+    seen: int = 0  # crops
+    history: list = field(default_factory=list)  # what validations found, the first at step 0
+
+    COUNTERS = ("total", "step", "seen", "history")
+
+    def checkpoint(self):
+        policy = self.averaged.module["policy"] if "policy" in self.live else None
+        return dict(
+            **model_state(self.averaged.module["model"]),
+            **(policy_state(policy) if policy else {}),
+            **({"ref": self.reference.state_dict()} if self.reference else {}),
+            **{name: getattr(self, name) for name in self.COUNTERS},
+            live=self.live.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+
+    def load(self, checkpoint):
+        """Goes on where a checkpoint of this run stopped. Raises CheckpointError."""
+        try:
+            self.live.load_state_dict(checkpoint["live"])
+            for name, module in self.averaged.module.items():
+                module.load_state_dict(checkpoint[name])
+            self.averaged.n_averaged += checkpoint["step"]
+            if self.reference:
+                self.reference.load_state_dict(checkpoint["ref"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for name in self.COUNTERS:
+                setattr(self, name, checkpoint[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"last.pt holds no run of this version ({error!r:.200})"
+            ) from None
+
+    @property
+    def progress(self):
+        """From 0 to 1 over the run."""
+        return self.seen / self.total
+
+    def set_rates(self, training):
+        """The rates of the next step, which rise, and, if they are to, fall to 0."""
+        factor = min(1, (self.step + 1) / max(training.warm_up, 1))
+        if training.schedule == "linear":
+            factor *= 1 - self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.rates[group["name"]]
+
+    def restore(self, image):
+        """The deterministic output of the averaged weights, for images of any size."""
+        modules = self.averaged.module
+        controller = modules["policy"].mean() if "policy" in modules else None
+        return restore(modules["model"], image, controller=controller)
+
+
+def begin(config, live, rates, crops, reference=None):
+    """The State before the first step. live: {name: module} as a ModuleDict; rates: {name: rate},
+    logged as lr and lr_heads; crops: data.Crops, for the length of the run."""
+    names = dict(model="lr", policy="lr_heads")
+    groups = []
+    for name in rates:
+        learned = [p for p in live[name].parameters() if p.requires_grad]
+        groups += [dict(params=learned, name=names[name])] if learned else []
+    crops_a_step = config.training.batch_size * runs.processes()
+    return State(
+        live=live,
+        averaged=runs.averaged(live, config.training.ema),
+        optimizer=torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True),
+        rates={names[name]: rate for name, rate in rates.items()},
+        total=config.training.steps * crops_a_step or config.training.epochs * len(crops.samples),
+        reference=reference,
+    )
+
+
 # ------------------------------------------------------------------------------- reward and samples
 
 
@@ -133,13 +217,7 @@ def make_reward(config, has_judge):
         raise runs.RunError(
             f"crops of {config.samples.crop} px are too small for these rewards: they need {side}"
         )
-    reward = rewards.Reward(weights, config.device, config.scoring.weights_dir)
-    if reward.is_judge_alone and not config.training.freeze_backbone:
-        raise runs.RunError(
-            "--rewards with qwen alone goes with --freeze-backbone: "
-            "a group that the judge cannot score would have no best rollout"
-        )
-    return reward
+    return rewards.Reward(weights, config.device, config.scoring.weights_dir)
 
 
 def describe_reward(config, reward, folder):
@@ -278,9 +356,13 @@ def generators_of(config, numbers):
 
 
 def advantages(scores, policy, generators):
-    """`grpo.group_advantages` of scores (B, G), 0 in a group that the judge alone had to score and
-    could not; --shuffle-advantages: in random order within each group."""
-    found = grpo.group_advantages(scores, policy.advantage_eps).nan_to_num(nan=0.0)
+    """Eq. 8 of scores (B, G), 0 in a group that the judge alone had to score and could not;
+    --shuffle-advantages: in random order within each group."""
+    if policy.advantage_scale == "batch":
+        found = grpo.batch_advantages(scores)
+    else:
+        found = grpo.group_advantages(scores, policy.advantage_eps)
+    found = found.nan_to_num(nan=0.0)
     return grpo.shuffled(found, generators) if policy.shuffle_advantages else found
 
 
@@ -292,10 +374,10 @@ def chosen_rollout(scores, policy, generators):
 
 
 def image_weights(restored, gt, policy):
-    """(w_RL, w_sup), (B,) each, of images (B, 3, H, W): --weighting difficulty; else 1, as None."""
+    """(w_RL, w_sup), (B,) each, of images (B, 3, H, W): 1, or --weighting difficulty."""
     if policy.weighting == "difficulty":
         return grpo.difficulty_weights(psnr(restored.detach(), gt))
-    return None, None
+    return torch.ones(2, len(gt), device=gt.device)
 
 
 # ------------------------------------------------------------------------------------- measurements

@@ -7,7 +7,6 @@ Its flags are in config.py.
 
 import copy
 import sys
-from dataclasses import dataclass, field
 
 import torch
 
@@ -16,79 +15,15 @@ import runs
 import study
 from config import parse
 from data import Crops
-from model import CheckpointError, load_pretrained, restore
-from policy import USUAL, load_policy, policy_for, policy_state, states_on
+from model import load_pretrained
+from policy import USUAL, load_policy, policy_for, states_on
 
 # -------------------------------------------------------------------------------------- the method
 
 
-@dataclass
-class State:
-    """What a run is at a step: all that a checkpoint holds."""
-
-    live: torch.nn.ModuleDict  # model and policy, that are trained
-    averaged: torch.nn.Module  # of both, that are measured and kept
-    reference: torch.nn.Module  # π_ref
-    optimizer: torch.optim.Optimizer
-    total: int  # crops of the whole run
-    step: int = 0
-    seen: int = 0  # crops
-    history: list = field(default_factory=list)  # what validations found, the first at step 0
-
-    COUNTERS = ("total", "step", "seen", "history")
-
-    def checkpoint(self):
-        model, policy = self.averaged.module.values()
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
-        return dict(
-            model=model.state_dict(),
-            config=model.config,
-            live=self.live.state_dict(),
-            ref=self.reference.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            **policy_state(policy),
-            **counters,
-        )
-
-    def load(self, checkpoint):
-        """Goes on where a checkpoint of this run stopped. Raises CheckpointError."""
-        try:
-            self.live.load_state_dict(checkpoint["live"])
-            self.averaged.module["model"].load_state_dict(checkpoint["model"])
-            self.averaged.module["policy"].load_state_dict(checkpoint["policy"])
-            self.averaged.n_averaged += checkpoint["step"]
-            self.reference.load_state_dict(checkpoint["ref"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            for name in self.COUNTERS:
-                setattr(self, name, checkpoint[name])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"last.pt holds no run of this version ({error!r:.200})"
-            ) from None
-
-    @property
-    def progress(self):
-        """From 0 to 1 over the run."""
-        return self.seen / self.total
-
-    def set_rates(self, training):
-        """The rates of the next step, which rise, and, if they are to, fall to 0."""
-        factor = min(1, (self.step + 1) / max(training.warm_up, 1))
-        if training.schedule == "linear":
-            factor *= 1 - self.progress
-        rates = dict(lr=training.lr, lr_heads=training.lr * training.head_lr_factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * rates[group["name"]]
-
-    def restore(self, image):
-        """The deterministic output of the averaged weights, for images of any size."""
-        model, policy = self.averaged.module.values()
-        return restore(model, image, controller=policy.mean())
-
-
 def attach(config, pretrained, crops, checkpoint=None):
-    """The State in which a policy is attached to a copy of the pre-trained model, so that the
-    deterministic output is the model's; or that of a checkpoint."""
+    """The `study.State` with a policy attached to a copy of the pre-trained model, such that the
+    deterministic output is the model's; or the one of a checkpoint."""
     training = config.training
     torch.manual_seed(config.seed)
     model = copy.deepcopy(pretrained)
@@ -98,21 +33,11 @@ def attach(config, pretrained, crops, checkpoint=None):
     if not checkpoint:
         usual = (batch.degraded for batch in crops.batches_of_each_task(USUAL))
         policy.fit(states_on(model, policy, usual))
-    model.requires_grad_(not training.freeze_backbone)
-    policy.requires_grad_(not training.freeze_heads)
-    groups = []
-    for net, name in ((policy, "lr_heads"), (model, "lr")):
-        learned = [p for p in net.parameters() if p.requires_grad]
-        groups += [dict(params=learned, name=name)] if learned else []
+    model.requires_grad_(not config.policy.freeze_backbone)
+    policy.requires_grad_(not config.policy.freeze_heads)
     live = torch.nn.ModuleDict(dict(model=model, policy=policy))
-    crops_a_step = training.batch_size * runs.processes()
-    state = State(
-        live=live,
-        averaged=runs.averaged(live, training.ema),
-        reference=policy.frozen_copy(),
-        optimizer=torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True),
-        total=training.steps * crops_a_step or training.epochs * len(crops.samples),
-    )
+    rates = dict(policy=training.lr * config.policy.head_lr_factor, model=training.lr)
+    state = study.begin(config, live, rates, crops, reference=policy.frozen_copy())
     if checkpoint:
         state.load(checkpoint)
     return state
@@ -125,6 +50,9 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     run: runs.Run, entered; reward: rewards.Reward; val: samples that choose best.pt; judge:
     judge.Judge; checkpoint: what a run that goes on had saved.
     """
+    if reward.is_judge_alone and not config.policy.freeze_backbone:
+        raise runs.RunError("--rewards qwen goes with --freeze-backbone: the best may be unscored")
+
     # Sec. 3.2: the training images that the pre-trained model restores worst
     hard = study.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)

@@ -1,0 +1,313 @@
+"""LRPO: RL whose actions are pixels, so that its gradient reaches every weight of a restorer. The
+method is `post_train`, from top to bottom.
+
+    python lrpo.py                       post-trains the demo model, nothing downloaded
+    python lrpo.py --init restorer.pth   any restorer that spandrel knows, or an AdaIR
+
+After LRPO (arXiv 2509.23339). Its policy is a diffusion chain; `Pixels` is the smallest one, a
+single Gaussian step around a restorer's output.
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from pydantic import Field
+
+import grpo
+import runs
+import study
+from config import DEMO_MODEL, Expert, Samples, Scoring, Training, parse_over
+from data import Crops
+from model import load_restorer
+from runs import AboveZero, AbsolutePath, NotNegative, Positive
+
+# --------------------------------------------------------------------------------------- the policy
+
+
+@dataclass
+class Path:
+    """What a rollout went through: all that log π needs."""
+
+    degraded: torch.Tensor  # (B, 3, H, W)
+    block: int  # px a side
+    sigma: float
+    actions: torch.Tensor  # (B, G, 3, H/b, W/b)
+    output: torch.Tensor | None  # (B, 3, H, W), of the restorer as it is now, with graph
+
+
+class Pixels:
+    """One Gaussian step around the output f(x) of any restorer.
+
+    The action is the mean of every b × b block: a ~ N(pool_b f(x), σ²). The restored image is
+    f(x) + up(a − pool_b f(x)). So a rollout costs an addition.
+
+    What RL estimates by it is Jᵀ P ∇R: J the Jacobian of the output in the weights, ∇R the gradient
+    of the reward in the pixels, P the projection on blocks, the rest f − up(pool_b f) held. For
+    b = 1 that is the reward's gradient; for b > 1 the part that blocks can express, with less
+    variance; block sizes in turn average over them.
+    """
+
+    def __init__(self, blocks, sigmas):
+        """blocks: px, one size a step in turn; sigmas: of each, in units of [0, 1]."""
+        self.steps = list(zip(blocks, sigmas))
+
+    def rollout(self, restorer, degraded, group_size, generators, turn):
+        """(restored (B, G, 3, H, W) without graph, Path) of images (B, 3, H, W). Noise comes in
+        pairs of opposite sign, which makes the estimate of a gradient exact where the reward is
+        linear. turn: which block size."""
+        block, sigma = self.steps[turn % len(self.steps)]
+        output = restorer(degraded)
+        means = F.avg_pool2d(output.detach(), block)  # (B, 3, H/b, W/b)
+        shape = (-(-group_size // 2), *means.shape[1:])
+        half = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+        noise = sigma * torch.cat((half, -half), dim=1)[:, :group_size]  # (B, G, 3, H/b, W/b)
+        restored = output.detach()[:, None] + enlarged(noise, block)
+        return restored, Path(degraded, block, sigma, means[:, None] + noise, output)
+
+    def means(self, restorer, path):
+        """The densities' means (B, 3, H/b, W/b), with graph; runs the restorer where it changed."""
+        if path.output is None:
+            path.output = restorer(path.degraded)
+        return F.avg_pool2d(path.output, path.block)
+
+    def log_prob(self, restorer, path):
+        """log π(a | x), the mean over the entries of an action: (B, G)."""
+        means = self.means(restorer, path)[:, None]
+        return log_normal(path.actions, means, path.sigma).mean(dim=(2, 3, 4))
+
+    def kl(self, restorer, reference, path):
+        """KL(π ‖ π_ref), the mean over entries, exact: (B,)."""
+        with torch.no_grad():
+            start = F.avg_pool2d(reference(path.degraded), path.block)
+        difference = self.means(restorer, path) - start
+        return difference.square().mean(dim=(1, 2, 3)) / (2 * path.sigma**2)
+
+    def log_likelihood(self, restorer, path, gt):
+        """ℓ, the mean log-density of the truth (B, 3, H, W) as an action: (B,)."""
+        truth = F.avg_pool2d(gt, path.block)
+        return log_normal(truth, self.means(restorer, path), path.sigma).mean(dim=(1, 2, 3))
+
+    def noise_level(self, path):
+        """σ_j / mean σ over the steps: what LRPO multiplies advantages by. A preconditioner."""
+        return path.sigma / (sum(sigma for _, sigma in self.steps) / len(self.steps))
+
+
+def enlarged(blocks, size):
+    """Block values (…, h, w) as an image (…, size h, size w)."""
+    return blocks.repeat_interleave(size, dim=-2).repeat_interleave(size, dim=-1)
+
+
+def log_normal(x, mean, sigma):
+    """log N(x; mean, σ²), elementwise."""
+    return -(x - mean).square() / (2 * sigma**2) - math.log(sigma) - 0.5 * math.log(2 * math.pi)
+
+
+# --------------------------------------------------------------------------------------- the method
+
+
+def post_train(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
+    """LRPO: mines the samples, trains a copy of the pre-trained restorer by RL on its output.
+    Returns the study.State after the last step. The parameters are those of train.post_train."""
+    settings = config.policy
+    hard = study.hard_samples(config, run, pretrained, samples)
+    crops = Crops(hard, config.samples.crop, config.seed)
+    state, policy = attach(config, pretrained, crops, checkpoint)
+    restorer, reference = state.live["model"], pretrained  # π_ref is where it starts
+    run.start(state, "lrpo", shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
+
+    for batch in run.batches(crops, config.training.batch_size):
+        study.validate_when_due(config, run, reward, val)
+        state.set_rates(config.training)
+
+        # G versions of every image, each rewarded, normalised within its group or the whole batch
+        generators = study.generators_of(config, batch.numbers)
+        restored, path = policy.rollout(
+            restorer, batch.degraded, settings.group_size, generators, turn=state.step
+        )
+        scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks, judge)
+        advantages = study.advantages(scores, settings, generators)  # (B, G)
+
+        # Noise-level advantage assignment
+        if settings.noise_levels:
+            advantages = (advantages * policy.noise_level(path)).clamp(-5, 5)
+        weight_rl, weight_sup = study.image_weights(path.output, batch.gt, settings)
+        advantages = weight_rl[:, None] * advantages
+        metrics = study.describe(scores, terms, judge)
+        metrics |= {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
+        metrics |= {"psnr_det": study.batch_psnr(path.output, batch.gt)}
+
+        old = policy.log_prob(restorer, path).detach()  # log π_old
+        for left in reversed(range(settings.inner_epochs)):
+            ratio = (policy.log_prob(restorer, path) - old).exp()  # (B, G)
+            surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
+            kl = policy.kl(restorer, reference, path).mean()
+            likelihood = policy.log_likelihood(restorer, path, batch.gt).mean()  # ℓ
+            l1 = ((path.output - batch.gt).abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
+            loss = (
+                -surrogate
+                + settings.kl_beta * kl
+                + settings.likelihood * (1 - (likelihood / 40).exp())
+                + settings.lambda_sup * l1
+            )
+            state.optimizer.zero_grad()
+            loss.backward()
+            path.output = None  # of weights that change now
+            if left:
+                run.descend([state.optimizer], loss, max_norm=1.0)
+        metrics |= {"loss/rl": -surrogate, "kl": kl, "log_likelihood": likelihood, "loss/sup": l1}
+        metrics |= {"ratio": ratio.mean(), "advantage_rms": advantages.square().mean().sqrt()}
+        run.update([state.optimizer], loss, metrics, max_norm=1.0)
+    study.validate_when_due(config, run, reward, val)
+    return state
+
+
+def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
+    """The controls: the same samples, steps and rates; the output learns from ℓ1 (sft) or from the
+    gradient of the reward, which RL does without (reward)."""
+    hard = study.hard_samples(config, run, pretrained, samples)
+    crops = Crops(hard, config.samples.crop, config.seed)
+    state, _ = attach(config, pretrained, crops, checkpoint)
+    run.start(state, config.objective, shown=dict(psnr="psnr_det"))
+    for batch in run.batches(crops, config.training.batch_size):
+        study.validate_when_due(config, run, reward, val)
+        state.set_rates(config.training)
+        output = state.live["model"](batch.degraded)
+        if config.objective == "sft":
+            loss = (output - batch.gt).abs().mean()
+        else:
+            loss = -reward.differentiable(output, batch.gt, batch.tasks).mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        metrics = {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
+        metrics |= {"psnr_det": study.batch_psnr(output, batch.gt)}
+        run.update([state.optimizer], loss, metrics, max_norm=1.0)
+    study.validate_when_due(config, run, reward, val)
+    return state
+
+
+def attach(config, pretrained, crops, checkpoint):
+    """(study.State, policy): a copy of the pre-trained restorer to train."""
+    torch.manual_seed(config.seed)
+    live = torch.nn.ModuleDict(dict(model=copy.deepcopy(pretrained).requires_grad_()))
+    state = study.begin(config, live, dict(model=config.training.lr), crops)
+    if checkpoint:
+        state.load(checkpoint)
+    return state, Pixels(config.policy.block, config.policy.sigma)
+
+
+# ---------------------------------------------------------------------------------------- the flags
+
+
+@dataclass
+class Policy:
+    """the policy and its loss"""
+
+    group_size: Positive = 64
+    """G, rollouts per image; a rollout costs an addition and a reward. LRPO: 9"""
+    block: tuple[Positive, ...] = (2, 8)
+    """px a side of the blocks whose means are drawn, one size a step in turn; they divide --crop"""
+    sigma: tuple[AboveZero, ...] = (0.02, 0.02)
+    """deviation of what is drawn, of each block size, in [0, 1]"""
+    noise_levels: bool = True
+    """advantages × σ / mean σ, clamped to ±5: LRPO's noise-level advantage assignment"""
+    advantage_scale: Literal["group", "batch"] = "group"
+    """what advantages are divided by: the deviation of a group, or of the whole batch, LRPO's"""
+    advantage_eps: AboveZero = 1e-12
+    """ε under the root of a group's deviation"""
+    clip: NotNegative = 1e-4
+    """ϵ of the clipped ratio; log π is a mean over pixels, so ratios stay near 1. LRPO: 1e-4"""
+    inner_epochs: Positive = 1
+    """updates per group; above 1 the clip can bind"""
+    kl_beta: NotNegative = 0.0
+    """β of the exact KL to the start. LRPO: none"""
+    likelihood: NotNegative = 0.0
+    """c of LRPO's likelihood regularisation, c (1 − exp(ℓ/40)); LRPO: 0.001"""
+    lambda_sup: NotNegative = 0.0
+    """weight of ℓ1 beside RL; its gradient is coherent and soon drowns that of RL"""
+    weighting: Literal["none", "difficulty"] = "none"
+    """difficulty: RL weighs more on images far from the truth, ℓ1 on close ones; after DA-RL"""
+    shuffle_advantages: bool = False
+    """the control of RL: advantages in random order within each group"""
+
+
+@dataclass
+class Config:
+    """Post-train any restorer by RL whose actions are pixels, or by its control."""
+
+    preset: Literal["demo", "paper"] = "demo"
+    """demo: minutes on two CPU cores; paper: LRPO's values, as far as this policy has them"""
+    init: AbsolutePath = str(DEMO_MODEL)
+    """restorer to start from: AdaIR, official or ours, or any file that spandrel loads"""
+    out: str | None = None
+    """run folder to create; without it, runs/OBJECTIVE-DATE-TIME-seedSEED"""
+    resume: str | None = None
+    """run folder to continue, with its own settings"""
+    objective: Literal["lrpo", "sft", "reward"] = "lrpo"
+    """lrpo: RL; its controls: sft: ℓ1; reward: gradient ascent of the reward"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """seed of crops and actions"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
+    samples: Samples = field(default_factory=Samples)
+    training: Training = field(default_factory=lambda: Training(batch_size=4, lr=1.5e-5))
+    policy: Policy = field(default_factory=Policy)
+    scoring: Scoring = field(default_factory=Scoring)
+    expert: Expert = field(default_factory=Expert)
+    command: Annotated[str, tyro.conf.Suppress] = ""
+    plugs: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict)
+
+
+def paper():
+    """Preset paper: LRPO's official values."""
+    length = Training(
+        steps=0, epochs=160, batch_size=24, lr=1e-6, warm_up=0, schedule="constant", ema=0.0
+    )
+    policy = Policy(group_size=9, advantage_scale="batch", likelihood=0.001)
+    return Config(preset="paper", samples=Samples(draws=1), training=length, policy=policy)
+
+
+def check(config):
+    """Raises RunError, in one sentence, for values that cannot work together."""
+    policy, crop = config.policy, config.samples.crop
+    if len(policy.block) != len(policy.sigma):
+        raise runs.RunError("--sigma takes one value for each --block")
+    for block in policy.block:
+        if crop % block:
+            raise runs.RunError(f"--block {block} does not divide --crop {crop}")
+    if config.objective != "lrpo":
+        for name, value in vars(policy).items():
+            if value != getattr(Policy(), name):
+                flag = f"--{name.replace('_', '-')}"
+                raise runs.RunError(f"{flag} does nothing under --objective {config.objective}")
+        if config.expert.judge != "none":
+            raise runs.RunError(f"--objective {config.objective} can learn from no judge")
+
+
+# ------------------------------------------------------------------------------------- the program
+
+
+def load(config):
+    """The restorer that --init names."""
+    return load_restorer(config.init).to(config.device)
+
+
+def run_program(argv):
+    """The program with these flags, until it is done or asked to end."""
+    about = "RL whose actions are pixels, for any restorer."
+    config = parse_over("lrpo.py", about, dict(demo=Config(), paper=paper()), argv)
+    check(config)
+    study.carry_out(config, load, post_train if config.objective == "lrpo" else fine_tune)
+
+
+def main(argv=None):
+    return runs.program("lrpo.py", run_program, argv, study.ERRORS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
