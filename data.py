@@ -117,20 +117,6 @@ class Sample(NamedTuple):
 # ---------------------------------------------------------------------------------- reading images
 
 
-def to_rgb(image):
-    """A PIL image of any mode as (H, W, 3) float32 in [0, 1]: EXIF rotation applied, grey tripled,
-    alpha dropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        # 16-bit grey, or floats: Pillow's own conversion would clip them to 8 bits
-        scale = 1 if image.mode == "F" else 65535
-        pixels = np.asarray(image, dtype=np.float32) / scale
-        if not np.isfinite(pixels).all():
-            raise ValueError("it holds values that are no numbers")
-        return np.repeat(pixels.clip(0, 1)[..., None], 3, axis=-1)
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-
-
 @contextlib.contextmanager
 def opened(path):
     """The image at `path`, its pixels not yet decoded.
@@ -151,9 +137,19 @@ def opened(path):
 
 
 def read_image(path, box=()):
-    """The image at `path` as a tensor (3, H, W) in [0, 1]. Raises DataError."""
+    """The image at `path`, of any mode, or the part of it in a box: a tensor (3, H, W) in [0, 1],
+    EXIF rotation applied, grey tripled, alpha dropped. Raises DataError."""
     with opened(path) as image:
-        pixels = to_rgb(ImageOps.exif_transpose(image).crop(box) if box else image)
+        image = ImageOps.exif_transpose(image)
+        image = image.crop(box) if box else image
+        if image.mode == "F" or image.mode.startswith("I"):
+            # floats, or 16-bit grey: Pillow's own conversion would clip them to 8 bits
+            grey = np.asarray(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
+            if not np.isfinite(grey).all():
+                raise ValueError("it holds values that are no numbers")
+            pixels = np.repeat(grey.clip(0, 1)[..., None], 3, axis=-1)
+        else:
+            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -255,12 +251,8 @@ def images_in(folder):
         return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path), path
 
     paths = [os.path.join(parent, name) for parent, _, files in walk(folder) for name in files]
-    shown = [path for path in paths if not os.path.basename(path).startswith(".")]
-    return sorted((p for p in shown if Path(p).suffix.lower() in IMAGE_TYPES), key=natural)
-
-
-def stem(path):
-    return os.path.splitext(os.path.basename(path))[0]
+    images = [p for p in paths if os.path.splitext(p)[1].lower() in IMAGE_TYPES]
+    return sorted((p for p in images if not os.path.basename(p).startswith(".")), key=natural)
 
 
 def pair_up(task, degraded, clean, partners, root):
@@ -269,11 +261,11 @@ def pair_up(task, degraded, clean, partners, root):
     problems): what has no partner is named in `problems`.
     """
     truths = images_in(clean)
-    by_stem = {(os.path.relpath(os.path.dirname(p), clean), stem(p)): p for p in truths}
+    by_stem = {(os.path.relpath(os.path.dirname(p), clean), Path(p).stem): p for p in truths}
     samples, problems, used = [], [], set()
     for path in images_in(degraded):
         parent = os.path.relpath(os.path.dirname(path), degraded)
-        names = partners(stem(path))
+        names = partners(Path(path).stem)
         wanted = [(place, name) for name in names for place in (parent, ".")]
         truth = next((by_stem[key] for key in wanted if key in by_stem), None)
         if truth is None:
@@ -403,7 +395,7 @@ def list_kodak(tasks=TASKS):
         raise DataError(f"{KODAK} does not hold the demo's 24 photographs: clone the project anew")
     train, val, held_out = [], [], []
     for s in samples:
-        number = int(stem(s.gt)[-2:])
+        number = int(Path(s.gt).stem[-2:])
         part = held_out if number in KODAK_HELD_OUT else val if number in KODAK_VAL else train
         part.append(s)
     again = [s._replace(name=f"{s.name}#2") for s in held_out]  # the name seeds the draw
@@ -459,8 +451,7 @@ def list_training(root=None, aside=12, tasks=(), listed=None):
     if listed:
         _, samples = split_listed(samples, listed)
     by_task = {task: [s for s in samples if s.task == task] for task in TASKS}
-    absent = [task for task in tasks if not by_task[task]]
-    if absent:
+    if absent := [task for task in tasks if not by_task[task]]:
         raise DataError(f"{root} has no training images for {', '.join(absent)}")
     split = Split([], [], [], problems)
     for of_task in filter(None, by_task.values()):

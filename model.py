@@ -250,31 +250,17 @@ class FrequencyRefine(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.SpatialGate, self.ChannelGate = SpatialGate(), ChannelGate(dim)
+        self.SpatialGate = nn.Sequential(OrderedDict(spatial=Conv(2, 1, 7, padding=3)))
+        mlp = nn.Sequential(Conv(dim, dim // 16, 1), nn.ReLU(), Conv(dim // 16, dim, 1))
+        self.ChannelGate = nn.Sequential(OrderedDict(mlp=mlp))
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, low, high):
-        return self.proj(high * self.ChannelGate(low) + low * self.SpatialGate(high))
-
-
-class SpatialGate(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.spatial = Conv(2, 1, 7, padding=3)
-
-    def forward(self, x):
-        pooled = torch.stack((x.amax(dim=1), x.mean(dim=1)), dim=1)  # (B, 2, H, W)
-        return self.spatial(pooled).sigmoid()
-
-
-class ChannelGate(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.mlp = nn.Sequential(Conv(dim, dim // 16, 1), nn.ReLU(), Conv(dim // 16, dim, 1))
-
-    def forward(self, x):
-        mean, peak = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
-        return (self.mlp(mean) + self.mlp(peak)).sigmoid()
+        mean, peak = low.mean(dim=(2, 3), keepdim=True), low.amax(dim=(2, 3), keepdim=True)
+        of_channels = (self.ChannelGate(mean) + self.ChannelGate(peak)).sigmoid()  # (B, C, 1, 1)
+        pooled = torch.stack((high.amax(dim=1), high.mean(dim=1)), dim=1)  # (B, 2, H, W)
+        of_places = self.SpatialGate(pooled).sigmoid()  # (B, 1, H, W)
+        return self.proj(high * of_channels + low * of_places)
 
 
 # ------------------------------------------------------------------------------- Restormer's blocks

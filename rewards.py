@@ -86,7 +86,7 @@ def r_lpips(net, features_y, features_gt):
 def clip_embedding(net, images):
     """L2-normalised CLIP embeddings (B, D): shorter side to CLIP's, bicubic, centre crop."""
     visual = net.visual
-    size = max(visual.image_size) if isinstance(visual.image_size, tuple) else visual.image_size
+    size = max(visual.image_size)
     scale = size / min(images.shape[-2:])
     shape = [max(size, round(side * scale)) for side in images.shape[-2:]]
     how = dict(mode="bicubic", align_corners=False, antialias=True)
@@ -271,18 +271,13 @@ class Net(NamedTuple):
     load: Callable
 
 
+OPENAI = "https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/"
+TORCH = "https://download.pytorch.org/models/"
+LAION = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
 NETS = {
-    "clip": Net(
-        "open_clip_model.safetensors",
-        "https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/",
-        load_clip,
-    ),
-    "lpips": Net("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/", load_lpips),
-    "aes": Net(
-        "sac+logos+ava1-l14-linearMSE.pth",
-        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/",
-        load_aesthetic,
-    ),
+    "clip": Net("open_clip_model.safetensors", OPENAI, load_clip),
+    "lpips": Net("alexnet-owt-7be5be79.pth", TORCH, load_lpips),
+    "aes": Net("sac+logos+ava1-l14-linearMSE.pth", LAION, load_aesthetic),
 }
 
 
@@ -291,8 +286,7 @@ def load_net(name, path):
     try:
         return NETS[name].load(path)
     except Exception as error:
-        reason = f"{error!r:.200}"
-        raise RewardError(f"{path} does not hold the weights of {name} ({reason})") from None
+        raise RewardError(f"{path} does not hold the weights of {name} ({error!r:.99})") from None
 
 
 # ------------------------------------------------------------------------------- the table of terms
@@ -477,7 +471,7 @@ class Reward:
     def __init__(self, weights, device="cpu", weights_dir=None):
         """weights: as `parse_terms` gives them."""
         self.weights, self.device = weights, device
-        on = [term for name, term in TERMS.items() if effective_weights(weights)[name]]
+        on = [TERMS[name] for name, weight in effective_weights(weights).items() if weight]
         paths = {net: weight_file(net, weights_dir) for term in on for net in term.nets}
         self.nets = {net: load_net(net, path).to(device) for net, path in paths.items()}
 
@@ -514,9 +508,8 @@ class Reward:
         return not any(effective_weights(self.weights, without="qwen").values())
 
     def differentiable(self, restored, gt, tasks):
-        """R of images (B, 3, H, W) of any size, (B,), with graph. Without R_qwen, which has no
-        gradient and takes long: its weight goes to the other terms, to those of --rewards default
-        where it is alone."""
+        """R of images (B, 3, H, W), (B,), with graph. Without R_qwen, which has no gradient: its
+        weight goes to the other terms, to those of --rewards default where it is alone."""
         weights = parse_terms("default") if self.is_judge_alone else self.weights
         effective = effective_weights(weights, without="qwen")
         terms = self.terms(Scene(restored[:, None], gt, tasks, self.nets), effective)

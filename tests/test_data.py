@@ -1,6 +1,7 @@
 """Sources, degradations and crops, on images made here."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_validation_is_apart_from_training(adair_root):
 
 def test_the_demos_photographs_have_fixed_parts():
     train, val, held_out, problems = data.list_training(None)
-    numbers = [sorted({int(data.stem(s.gt)[-2:]) for s in part}) for part in (train, val, held_out)]
+    numbers = [sorted({int(Path(s.gt).stem[-2:]) for s in part}) for part in (train, val, held_out)]
     assert numbers[1:] == [[3, 9, 15, 21], [4, 8, 12, 16, 20, 24]] and not problems
     assert sorted(sum(numbers, [])) == [*range(1, 25)]
     assert all({s.task for s in part} == {*data.TASKS} for part in (train, val, held_out))
@@ -283,7 +284,7 @@ def test_a_folder_that_links_to_its_parent_ends(tmp_path):
 def test_files_that_number_alike_are_sorted_alike_everywhere(tmp_path):
     for name in ("a01", "a1", "a10", "a2"):
         write(tmp_path / f"{name}.png")
-    assert [data.stem(p) for p in data.images_in(tmp_path)] == ["a01", "a1", "a2", "a10"]
+    assert [Path(p).stem for p in data.images_in(tmp_path)] == ["a01", "a1", "a2", "a10"]
 
 
 # ------------------------------------------------------------------------------------- degradations
@@ -457,7 +458,7 @@ def test_a_list_names_files_by_the_last_parts_of_their_paths(adair_root):
     def named(text):
         others, listed = data.split_listed(samples, listing(adair_root, text))
         assert sorted(others + listed) == sorted(samples)
-        return [(s.task, data.stem(s.gt)) for s in listed]
+        return [(s.task, Path(s.gt).stem) for s in listed]
 
     both = [("denoise15", "0"), ("denoise25", "0")]
     assert named("# one file, two tasks\n\nDenoise/0.jpg\n") == both == named("./0.jpg")
