@@ -444,9 +444,9 @@ def read_checkpoint(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways, and code in torch's own words
-        reason = f"no tensors and plain values: {type(error).__name__}"
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason})") from None
+    except Exception as error:
+        kind = type(error).__name__  # torch's own text advises to load the file unguarded
+        raise CheckpointError(f"{path} holds no tensors that can be read ({kind})") from None
 
 
 def load_adair(path, checkpoint=None):
