@@ -39,15 +39,12 @@ class Task(NamedTuple):
     """What sets one task apart. A new task is a row of TASKS and one of rewards.TASK_REWARDS."""
 
     degrade: Callable  # (gt, rng) -> degraded: the task synthesised on a clean photograph
+    kind: str  # its test sets lie under test/KIND; in --tasks, all tasks of this kind
     train: tuple  # folders under Train/: of degraded and clean images, or of clean ones alone
-    kind: str  # under test/KIND are its test sets: input/ + target/, or clean images alone
-    partners: Callable = lambda stem: [stem]  # how the clean image of a degraded one may be called
-    title: str = ""  # above its column in the layout of Table 2; "" if it has none there
-    column: int = 0  # its place among them
+    paper: tuple  # its training set (Sec. 4.1): name, number of images or pairs
     repeats: int = 1  # how often AdaIR's training list repeats an image
-    paper: tuple = ("", "")  # its training set (Sec. 4.1): name, number of images or pairs
-    family: str = ""  # in --tasks, a name for several related tasks
-    variant: str = ""  # behind the name of a test set: which of the related tasks
+    partners: Callable = lambda stem: [stem]  # how the clean image of a degraded one may be called
+    variant: str = ""  # behind the name of a test set: which of the tasks of one kind
 
     @property
     def has_pairs(self):
@@ -55,69 +52,51 @@ class Task(NamedTuple):
         return len(self.train) == 2
 
 
-def _denoising(sigma, title=""):
-    return Task(
-        degrade=partial(gaussian_noise, sigma=sigma),
-        train=("Denoise",),
-        kind="denoise",
-        title=title,
-        column=3,
-        repeats=3,
-        paper=("BSD400 + WED", 5144),
-        family="denoise",
-        variant=f"σ={sigma}",
-    )
+def _denoising(sigma):
+    noise, paper = partial(gaussian_noise, sigma=sigma), ("BSD400 + WED", 5144)
+    return Task(noise, "denoise", ("Denoise",), paper, repeats=3, variant=f"σ={sigma}")
 
 
 TASKS = {
     "denoise15": _denoising(15),
-    "denoise25": _denoising(25, title="Denoising"),
+    "denoise25": _denoising(25),
     "denoise50": _denoising(50),
     "derain": Task(
-        degrade=rain,
-        train=("Derain/rainy", "Derain/gt"),
+        rain,
         kind="derain",
-        partners=lambda stem: ["no" + stem, stem],  # rain-1, norain-1
-        title="Deraining",
-        column=2,
-        repeats=120,
+        train=("Derain/rainy", "Derain/gt"),
         paper=("Rain100L", 200),
+        repeats=120,
+        partners=lambda stem: ["no" + stem, stem],  # rain-1, norain-1
     ),
     "dehaze": Task(
-        degrade=haze,
-        train=("Dehaze/synthetic", "Dehaze/original"),
+        haze,
         kind="dehaze",
-        partners=lambda stem: [stem.split("_")[0]],  # SCENE_LIGHT_HAZE, SCENE
-        title="Dehazing",
-        column=1,
+        train=("Dehaze/synthetic", "Dehaze/original"),
         paper=("RESIDE OTS", 72135),
+        partners=lambda stem: [stem.split("_")[0]],  # SCENE_LIGHT_HAZE, SCENE
     ),
     "deblur": Task(
-        degrade=blur,
-        train=("Deblur/blur", "Deblur/sharp"),
+        blur,
         kind="deblur",
-        title="Deblurring",
-        column=4,
-        repeats=5,
+        train=("Deblur/blur", "Deblur/sharp"),
         paper=("GoPro", 2103),
+        repeats=5,
     ),
     "lowlight": Task(
-        degrade=low_light,
-        train=("Enhance/low", "Enhance/gt"),
+        low_light,
         kind="enhance",
-        title="Low-Light",
-        column=5,
-        repeats=20,
+        train=("Enhance/low", "Enhance/gt"),
         paper=("LOL", 485),
+        repeats=20,
     ),
 }
-# What a user may call tasks: by their names, or by that of a family, as "denoise" of all its σ.
-TASK_WORDS = tuple(dict.fromkeys([*filter(None, (t.family for t in TASKS.values())), *TASKS]))
+TASK_WORDS = tuple(dict.fromkeys([*(t.kind for t in TASKS.values()), *TASKS]))
 
 
 def task_names(words):
     """The tasks, in the order of TASKS, that words as ["denoise", "dehaze"] name; all for none."""
-    return [name for name, t in TASKS.items() if not words or name in words or t.family in words]
+    return [name for name, t in TASKS.items() if not words or name in words or t.kind in words]
 
 
 class Sample(NamedTuple):
@@ -138,20 +117,6 @@ class Sample(NamedTuple):
 # ---------------------------------------------------------------------------------- reading images
 
 
-def to_rgb(image):
-    """A PIL image of any mode as (H, W, 3) float32 in [0, 1]: EXIF rotation applied, grey tripled,
-    alpha dropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        # 16-bit grey, or floats: Pillow's own conversion would clip them to 8 bits
-        scale = 1 if image.mode == "F" else 65535
-        pixels = np.asarray(image, dtype=np.float32) / scale
-        if not np.isfinite(pixels).all():
-            raise ValueError("it holds values that are no numbers")
-        return np.repeat(pixels.clip(0, 1)[..., None], 3, axis=-1)
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-
-
 @contextlib.contextmanager
 def opened(path):
     """The image at `path`, its pixels not yet decoded.
@@ -162,10 +127,8 @@ def opened(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"it claims {image.width}×{image.height} px; "
-                    f"more than {MAX_PIXELS >> 20} MP are refused"
-                )
+                size = f"{image.width}×{image.height} px"
+                raise ValueError(f"it claims {size}; more than {MAX_PIXELS >> 20} MP are refused")
             yield image
     except FileNotFoundError:
         raise DataError(f"there is no image {path}") from None
@@ -174,9 +137,19 @@ def opened(path):
 
 
 def read_image(path, box=()):
-    """The image at `path` as a tensor (3, H, W) in [0, 1]. Raises DataError."""
+    """The image at `path`, of any mode, or the part of it in a box: a tensor (3, H, W) in [0, 1],
+    EXIF rotation applied, grey tripled, alpha dropped. Raises DataError."""
     with opened(path) as image:
-        pixels = to_rgb(ImageOps.exif_transpose(image).crop(box) if box else image)
+        image = ImageOps.exif_transpose(image)
+        image = image.crop(box) if box else image
+        if image.mode == "F" or image.mode.startswith("I"):
+            # floats, or 16-bit grey: Pillow's own conversion would clip them to 8 bits
+            grey = np.asarray(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
+            if not np.isfinite(grey).all():
+                raise ValueError("it holds values that are no numbers")
+            pixels = np.repeat(grey.clip(0, 1)[..., None], 3, axis=-1)
+        else:
+            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -187,10 +160,10 @@ def image_size(path, box=()):
         left, top, right, bottom = box
         return right - left, bottom - top
     with opened(path) as image:
-        # Of a PNG that says nothing at its start, Pillow would decode all to look at its end.
-        silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & {*image.info}
-        turned = not silent and image.getexif().get(0x0112, 1) >= 5
-        return image.size[::-1] if turned else image.size
+        # Only where EXIF was seen: Pillow would decode a whole PNG to look for it at its end.
+        has_exif = {"exif", "Raw profile type exif"} & image.info.keys()
+        is_turned = has_exif and image.getexif().get(0x0112, 1) >= 5
+        return image.size[::-1] if is_turned else image.size
 
 
 def rng_of(seed, name, epoch):
@@ -203,14 +176,11 @@ def check_sizes(sample, sizes, min_side=1):
 
     sizes: (width, height) of each of `sample.files`.
     """
-    gt, degraded = sizes[0], sizes[-1]
+    gt, degraded = (f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
     if degraded != gt:
-        raise DataError(
-            f"{sample.degraded} is {degraded[0]}×{degraded[1]} px but its clean image {sample.gt} "
-            f"is {gt[0]}×{gt[1]}"
-        )
-    if min(gt) < min_side:
-        raise DataError(f"{sample.gt} is {gt[0]}×{gt[1]} px, smaller than the crop of {min_side}")
+        raise DataError(f"{sample.degraded} is {degraded} px but its clean image is {gt}")
+    if min(sizes[0]) < min_side:
+        raise DataError(f"{sample.gt} is {gt} px, smaller than the crop of {min_side}")
 
 
 def problem_of(sample, min_side=8, decode=True):
@@ -261,11 +231,6 @@ def load_pair(sample, seed=0, epoch=0, min_side=1):
 # ----------------------------------------------------------------------------------------- sources
 
 
-def natural(path):
-    """Sort key under which 2 comes before 10."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path)
-
-
 def walk(folder):
     """os.walk through links, too, in the same order everywhere, and into no folder twice."""
     seen = set()
@@ -279,34 +244,28 @@ def walk(folder):
         yield parent, folders, files
 
 
-def images_in(folder, recursive=False):
-    """Paths (text) of a folder's image files, naturally sorted; none if there is no such folder."""
-    found = []
-    for parent, folders, files in walk(folder):
-        for name in files:
-            if os.path.splitext(name)[1].lower() in IMAGE_TYPES and name[0] != ".":
-                found.append(os.path.join(parent, name))
-        if not recursive:
-            folders.clear()
-    return sorted(found, key=lambda path: (natural(path), path))
+def images_in(folder):
+    """Paths (text) of the image files in a folder and below; none if there is no such folder."""
 
+    def natural(path):  # 2 before 10
+        return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path), path
 
-def stem(path):
-    return os.path.splitext(os.path.basename(path))[0]
+    paths = [os.path.join(parent, name) for parent, _, files in walk(folder) for name in files]
+    images = [p for p in paths if os.path.splitext(p)[1].lower() in IMAGE_TYPES]
+    return sorted((p for p in images if not os.path.basename(p).startswith(".")), key=natural)
 
 
 def pair_up(task, degraded, clean, partners, root):
     """The pairs in two folders: each degraded file with the clean one, whatever its extension, that
-    is called as `partners` says, in the folder of the same name or at the top.
-
-    Returns (samples, problems): what has no partner is named in `problems`.
+    is called as `partners` says, in the folder of the same name or at the top. Returns (samples,
+    problems): what has no partner is named in `problems`.
     """
-    truths = images_in(clean, recursive=True)
-    by_stem = {(os.path.relpath(os.path.dirname(p), clean), stem(p)): p for p in truths}
+    truths = images_in(clean)
+    by_stem = {(os.path.relpath(os.path.dirname(p), clean), Path(p).stem): p for p in truths}
     samples, problems, used = [], [], set()
-    for path in images_in(degraded, recursive=True):
+    for path in images_in(degraded):
         parent = os.path.relpath(os.path.dirname(path), degraded)
-        names = partners(stem(path))
+        names = partners(Path(path).stem)
         wanted = [(place, name) for name in names for place in (parent, ".")]
         truth = next((by_stem[key] for key in wanted if key in by_stem), None)
         if truth is None:
@@ -319,7 +278,7 @@ def pair_up(task, degraded, clean, partners, root):
 
 
 def is_adair_layout(root):
-    """Whether a data folder has AdaIR's training folders; else it is one of photographs."""
+    """Whether a data folder is AdaIR's; else it is one of photographs."""
     return os.path.isdir(os.path.join(root, "Train"))
 
 
@@ -333,7 +292,7 @@ def find_adair_train(root, tasks=TASKS):
             found, broken = pair_up(name, *folders, task.partners, root)
             samples, problems = samples + found, problems + broken
         else:
-            clean = images_in(folders[0], recursive=True)
+            clean = images_in(folders[0])
             samples += [Sample(name, os.path.relpath(path, root), path) for path in clean]
     return samples, problems
 
@@ -358,13 +317,14 @@ def list_adair_test(root, only=None):
     Sets of clean images stand there once for every task that is synthesised on them. Raises
     DataError for a file without partner, and for a set that is not there.
     """
-    root, sets, problems = Path(root), {}, {}
+    root, sets, problems, paired = Path(root), {}, {}, {}
     for name, task in TASKS.items():
-        folders = () if task.has_pairs else (root / "test" / task.kind).glob("*")
-        for folder in sorted(path for path in folders if path.is_dir()):
+        if task.has_pairs:
+            paired[f"test/{task.kind}"] = name
+            continue
+        for folder in sorted(p for p in (root / "test" / task.kind).glob("*") if p.is_dir()):
             samples = [Sample(name, os.path.relpath(p, root), p) for p in images_in(folder)]
             sets[f"{folder.name} {task.variant}"] = samples
-    paired = {f"test/{t.kind}": name for name, t in TASKS.items() if t.has_pairs}
     for folder in sorted(Path(parent) for parent, folders, _ in walk(root) if "input" in folders):
         parts = folder.relative_to(root).parts
         name = parts[-1] if parts else root.resolve().name
@@ -373,22 +333,16 @@ def list_adair_test(root, only=None):
         partners = TASKS[task].partners if task else lambda stem: [stem]
         degraded, clean = folder / "input", folder / "target"
         sets[name], problems[name] = pair_up(task or name, degraded, clean, partners, root)
-    unknown = [name for name in only or () if name not in sets]
-    if unknown:
-        raise DataError(f"{root} has no test set {unknown[0]!r}; it has {', '.join(sets)}")
+    for name in only or ():
+        if name not in sets:
+            raise DataError(f"{root} has no test set {name!r}; it has {', '.join(sets)}")
     sets = {name: samples for name, samples in sets.items() if not only or name in only}
     broken = [problem for name in sets for problem in problems.get(name, ())]
     if broken:
-        raise DataError(
-            f"{broken[0]}; {len(broken)} such problem(s) under {root}, "
-            "and an evaluation leaves nothing out"
-        )
+        raise DataError(f"{broken[0]}; {len(broken)} such problem(s) under {root}")
     sets = {name: samples for name, samples in sets.items() if samples}
     if not sets:
-        raise DataError(
-            f"{root} holds no test images: wanted test/denoise/SET/*, "
-            "test/derain/SET/{input,target}, … or input/ + target/"
-        )
+        raise DataError(f"{root} holds no test images in AdaIR's layout, nor input/ + target/")
     return sets
 
 
@@ -400,13 +354,10 @@ def find_photos(folder, tasks=TASKS):
     """
     degraded = {"input", *(os.path.basename(t.train[0]) for t in TASKS.values() if t.has_pairs)}
     names = {Path(folder).resolve().name}.union(*(folders for _, folders, _ in walk(folder)))
-    if degraded & names:
-        raise DataError(
-            f"{folder} holds degraded images ({min(degraded & names)}/) but no Train/: "
-            "give AdaIR's data folder, or one of clean photos"
-        )
+    if wrong := degraded & names:
+        raise DataError(f"{folder} holds degraded images ({min(wrong)}/) but no Train/")
     samples, problems = [], []
-    for path in images_in(folder, recursive=True):
+    for path in images_in(folder):
         try:
             width, height = image_size(path)
         except DataError as error:
@@ -427,8 +378,7 @@ def in_draws(samples, draws):
         return samples
     found = []
     for s in samples:
-        names = [f"{s.name}#{k + 1}" for k in range(draws)] if s.box else [s.name]
-        found += [s._replace(name=name) for name in names]
+        found += [s._replace(name=f"{s.name}#{k + 1}") for k in range(draws)] if s.box else [s]
     return found
 
 
@@ -443,14 +393,13 @@ def list_kodak(tasks=TASKS):
     samples, problems = find_photos(KODAK, tasks)
     if problems or len({s.gt for s in samples}) != 24:
         raise DataError(f"{KODAK} does not hold the demo's 24 photographs: clone the project anew")
-
-    def part(numbers):
-        return [s for s in samples if int(stem(s.gt)[-2:]) in numbers]
-
-    held_out = part(KODAK_HELD_OUT)
+    train, val, held_out = [], [], []
+    for s in samples:
+        number = int(Path(s.gt).stem[-2:])
+        part = held_out if number in KODAK_HELD_OUT else val if number in KODAK_VAL else train
+        part.append(s)
     again = [s._replace(name=f"{s.name}#2") for s in held_out]  # the name seeds the draw
-    rest = {*range(1, 25)} - {*KODAK_VAL, *KODAK_HELD_OUT}
-    return part(rest), part(KODAK_VAL), held_out + again
+    return train, val, held_out + again
 
 
 def set_aside(samples, most):
@@ -477,19 +426,15 @@ def list_training(root=None, aside=12, tasks=(), listed=None):
     """The training set of a folder, and what is never trained on: a Split.
 
     root: AdaIR's data folder (holding Train/), or a folder of photos, or None for the demo's
-    photographs. From a folder the last images of every task are held out (`set_aside`, at most
-    `aside`), and of the rest the last ones, half as many, are for validation; nothing is known of
-    one scene under several clean images, or in the folders of two tasks. Of the demo's photographs
-    the parts are fixed.
+    photographs, whose parts are fixed. From a folder the last images of every task are held out
+    (`set_aside`, at most `aside`), and of the rest the last ones, half as many, are for validation.
     tasks: those to use, each of which must be there; without them, all that are there.
     listed: a file that names the images to use (`split_listed`).
     Raises DataError when there is nothing to train on or nothing to set aside.
     """
     if root is None:
         if listed:
-            raise DataError(
-                f"{listed} names files of a data folder, but the demo's photographs are trained on"
-            )
+            raise DataError(f"{listed} goes with a data folder, not with the demo's photographs")
         return Split(*list_kodak(tasks or TASKS), [])
     if not os.path.isdir(root):
         raise DataError(f"there is no folder {root}")
@@ -506,8 +451,7 @@ def list_training(root=None, aside=12, tasks=(), listed=None):
     if listed:
         _, samples = split_listed(samples, listed)
     by_task = {task: [s for s in samples if s.task == task] for task in TASKS}
-    absent = [task for task in tasks if not by_task[task]]
-    if absent:
+    if absent := [task for task in tasks if not by_task[task]]:
         raise DataError(f"{root} has no training images for {', '.join(absent)}")
     split = Split([], [], [], problems)
     for of_task in filter(None, by_task.values()):
@@ -517,21 +461,16 @@ def list_training(root=None, aside=12, tasks=(), listed=None):
         split.val.extend(val)
         split.held_out.extend(held_out)
     if not split.val:
-        raise DataError(
-            f"{root} holds two images per task or fewer: at least three are needed, "
-            "one to choose on and one to report on"
-        )
+        raise DataError(f"{root} holds two images per task or fewer: at least three are needed")
     return split
 
 
 def split_listed(samples, path):
-    """Splits samples into (others, listed) by a text file. A line names a file, clean or degraded,
-    by the last parts of its path, as in rainy/rain-1.png: as many as tell it from others. Listed
-    are the samples that are made of one of these files.
+    """Splits samples into (others, listed): listed are those made of a file that a text file names.
 
-    Empty lines and those that begin with # say nothing. No file that the list names is opened.
-    Raises DataError for a line that names none of the samples' files or several, and for a list
-    without any.
+    A line names a file, clean or degraded, by the last parts of its path, as in rainy/rain-1.png:
+    as many as tell it from others. Empty lines and those that begin with # say nothing. Raises
+    DataError for a line that names none of the samples' files or several, and for an empty list.
     """
     wanted = {}  # the last parts of a path: where they are named
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -554,9 +493,8 @@ def split_listed(samples, path):
         if not found[parts]:
             raise DataError(f"{where} is no training image")
         if len(found[parts]) > 1:
-            raise DataError(
-                f"{where} may be any of {len(found[parts])} files: give more of its path"
-            )
+            n = len(found[parts])
+            raise DataError(f"{where} may be any of {n} files: give more of its path")
     return others, listed
 
 
@@ -601,8 +539,7 @@ class Crops(torch.utils.data.Dataset):
         return self.samples[self.order[position]], epoch
 
     def of_each_task(self, most):
-        """{task: numbers of `most` crops of it}, of different images as far as there are so
-        many."""
+        """{task: numbers of `most` crops of it}, of as many different images as there are."""
         found, n = {sample.task: [] for sample in self.samples}, 0
         while any(len(numbers) < most for numbers in found.values()):
             numbers = found[self.sample_of(n)[0].task]
@@ -639,9 +576,8 @@ class Crops(torch.utils.data.Dataset):
     def collate(items):
         """A list of crops -> Batch."""
         degraded, gt, tasks, names, numbers = zip(*items)
-        return Batch(
-            torch.stack(degraded), torch.stack(gt), list(tasks), list(names), list(numbers)
-        )
+        images = torch.stack(degraded), torch.stack(gt)
+        return Batch(*images, list(tasks), list(names), list(numbers))
 
 
 def adair_repeats(samples):

@@ -37,6 +37,13 @@ WHOLE_PIXELS = 1 << 20  # photos above this are restored in tiles unless --tile 
 SMALLEST = 8  # px a side
 ERRORS = (DataError, CheckpointError, PolicyError, RewardError)
 METRICS = {"psnr": 2, "ssim": 3, "lpips": 3}  # and how many decimals the tables show
+TABLE_2 = {  # its columns, by task
+    "dehaze": "Dehazing",
+    "derain": "Deraining",
+    "denoise25": "Denoising",
+    "deblur": "Deblurring",
+    "lowlight": "Low-Light",
+}
 
 
 @dataclass
@@ -185,9 +192,9 @@ def tables(images):
     ssim."""
     task_of = images.groupby("set", sort=False)["task"].first()
     known = {name: TASKS[task] for name, task in task_of.items() if task in TASKS}
-    titled = sorted((n for n in known if known[n].title), key=lambda n: known[n].column)
+    titled = [n for task in TABLE_2 for n in known if task_of[n] == task]
     parts = {
-        "In domain (layout of Table 2)": {n: f"{known[n].title} {n}" for n in titled},
+        "In domain (layout of Table 2)": {n: f"{TABLE_2[task_of[n]]} {n}" for n in titled},
         "Denoising by noise level": {n: n for n in known if known[n].variant},
         "Out of domain (layout of Table 3)": {n: n for n in task_of.index if n not in known},
     }
@@ -270,7 +277,7 @@ def restore_photos(config):
     source = Path(config.photo)
     if not source.exists():
         raise DataError(f"there is no photo or folder {source}")
-    photos = images_in(source, recursive=True) if source.is_dir() else [source]
+    photos = images_in(source) if source.is_dir() else [source]
     if not photos:
         raise DataError(f"{source} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
     base = source if source.is_dir() else source.parent

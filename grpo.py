@@ -53,22 +53,16 @@ def pick(group, index):
     return group[torch.arange(len(index), device=group.device), index]
 
 
-def in_turns(first, second):
-    """A controller for a batch that holds every image twice in a row: `first` decides of the one
-    copy, `second` of the other."""
-
-    def controller(level, f, y):
-        controls = first(level, f, y[0::2]), second(level, f, y[1::2])
-        return torch.stack(controls, dim=1).flatten(0, 1)
-
-    return controller
-
-
 def decode_best_and_mean(model, policy, encoding, best_actions):
     """(y_g*, y_det), each (B, 3, H, W), with graph: the best rollout's actions (B, 3, 4) replayed
-    and the mean action, as one batch of two per image."""
-    controller = in_turns(policy.replay(best_actions), policy.mean())
-    restored = model.decode(encoding, controller, copies=2)
+    and the mean action, as one batch that holds every image twice in a row."""
+    best, mean = policy.replay(best_actions), policy.mean()
+
+    def in_turns(level, f, y):
+        controls = best(level, f, y[0::2]), mean(level, f, y[1::2])
+        return torch.stack(controls, dim=1).flatten(0, 1)
+
+    restored = model.decode(encoding, in_turns, copies=2)
     return restored.unflatten(0, (-1, 2)).unbind(1)
 
 

@@ -4,15 +4,17 @@
 import hashlib
 import os
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import DataError, image_size, load_pair, problem_of
+from data import DataError, load_pair, problem_of
 from metrics import psnr
 from runs import RunError, load_json, parallel_map, save_json, say
 
-BATCH_PIXELS = 1 << 20  # on a GPU, images of one size are restored together, up to so many pixels
+LOADED = 16  # on a GPU, so many images in a row are loaded together, and
+BATCH_PIXELS = 1 << 20  # those of one size are restored together, up to so many pixels
 WITNESSES = 3  # so many of the hard files tell a resumed run whether its images have changed
 
 
@@ -29,52 +31,34 @@ def known_scores(paths, digest):
     for path in paths:
         stored = load_json(path)
         try:
-            same = stored["model"] == digest
-            rows = {(r["task"], r["name"]): r for r in stored["rows"] if same and r.get("stamp")}
+            rows = stored["rows"] if stored["model"] == digest else []
+            known |= {(row["task"], row["name"]): row for row in rows if row["stamp"]}
         except (KeyError, TypeError):
             raise RunError(f"{path} is not the hard.json of a run") from None
         say(f"{path}: {len(rows)} scores of this model")
-        known |= rows
     return known
 
 
-def in_batches(samples, indices, pixels):
-    """Parts of `indices` whose samples' images, by their headers, have one size and together at
-    most `pixels`; single ones for 0."""
-    if not pixels:
-        return [[i] for i in indices]
-    groups = defaultdict(list)
-    for i in indices:
-        try:
-            size = image_size(samples[i].gt, samples[i].box)
-        except DataError:
-            size = (i, pixels)  # alone: whoever loads it will say what is wrong
-        groups[size].append(i)
-    batches = []
-    for (width, height), members in groups.items():
-        n = max(1, pixels // (width * height))
-        batches += [members[k : k + n] for k in range(0, len(members), n)]
-    return batches
-
-
 @torch.inference_mode()
-def score(restore, samples, min_side):
-    """Full-image PSNR of samples of one size: a row {task, name, stamp, psnr} for each, or
-    {problem} for one that cannot be used."""
-    rows, pairs = [], []
+def score(restore, samples, min_side, pixels):
+    """Full-image PSNR of samples: a row {task, name, stamp, psnr} for each, or {problem} for one
+    that cannot be used."""
+    rows, of_size = [], defaultdict(list)
     for sample in samples:
         rows.append(dict(task=sample.task, name=sample.name))
         try:
-            pair = load_pair(sample, min_side=min_side)
+            degraded, gt = load_pair(sample, min_side=min_side)
             rows[-1]["stamp"] = stamp_of(sample)
-            pairs.append((rows[-1], *pair))
+            of_size[gt.shape].append((rows[-1], degraded, gt))
         except (DataError, OSError) as error:
             rows[-1]["problem"] = str(error)
-    for shape in {gt.shape for _, _, gt in pairs}:  # one, unless a header did not tell the truth
-        same = [pair for pair in pairs if pair[2].shape == shape]
-        restored = restore(torch.stack([degraded for _, degraded, _ in same]))
-        for (row, _, gt), y in zip(same, restored):
-            row["psnr"] = psnr(y, gt).item()
+    for (_, height, width), members in of_size.items():
+        n = max(1, pixels // (height * width))
+        for first in range(0, len(members), n):
+            batch = members[first : first + n]
+            restored = restore(torch.stack([degraded for _, degraded, _ in batch]))
+            for (row, _, gt), y in zip(batch, restored):
+                row["psnr"] = psnr(y, gt).item()
     return rows
 
 
@@ -94,12 +78,14 @@ def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
             rows[i] = {key: row[key] for key in ("task", "name", "stamp", "psnr")}
         else:
             wanted.append(i)
-    batches = in_batches(samples, wanted, pixels)
-    scored = parallel_map(
-        lambda batch: score(restore, [samples[i] for i in batch], min_side), batches, "mining", stop
-    )
-    for batch, found in zip(batches, scored):
-        rows |= zip(batch, found)
+    n = LOADED if pixels else 1
+    parts = [wanted[first : first + n] for first in range(0, len(wanted), n)]
+
+    def score_part(part):
+        return score(restore, [samples[i] for i in part], min_side, pixels)
+
+    for part, found in zip(parts, parallel_map(score_part, parts, "mining", stop)):
+        rows |= zip(part, found)
     rows = [rows[i] for i in range(len(samples))]
     problems = [row["problem"] for row in rows if "problem" in row]
     return [row for row in rows if "psnr" in row], list(dict.fromkeys(problems))
@@ -132,16 +118,11 @@ def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
 # ------------------------------------------------------------------------------ hard.json of a run
 
 
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def witnesses(samples):
     """{path: hash} of a few of the files of samples, evenly spread."""
     files = list(dict.fromkeys(path for s in samples for path in s.files))
     chosen = files[:: max(1, len(files) // WITNESSES)][:WITNESSES]
-    return {path: file_digest(path) for path in chosen}
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in chosen}
 
 
 def selected(rows, samples):
@@ -170,8 +151,6 @@ def load_hard(path, digest, samples):
     except (KeyError, FileNotFoundError):
         same = False
     if not same:
-        raise RunError(
-            f"the training images or the model changed since {os.path.dirname(path)} began: "
-            "start a new run"
-        )
+        run = os.path.dirname(path)
+        raise RunError(f"images or model changed since {run} began: start a new run")
     return hard

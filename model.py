@@ -4,17 +4,13 @@ decoder.
 
 Two things are added to the published network and change nothing until they are used: a *controls
 port*, through which someone else decides an AFLB's four controls (r_h, r_l, g_f, g_o), and a second
-*mask rule*, under which the rates r_h, r_l act at every image size. This file knows nothing of who
-decides, or how.
+*mask rule*, under which the rates r_h, r_l act at every image size.
 
-From top to bottom: the network, the AFLB, Restormer's blocks, what makes them fast, images of any
-size, checkpoints. Parameter names are those of the official checkpoints, so those load as they are
-(`load_adair`).
+Parameter names are those of the official checkpoints, so those load as they are (`load_adair`).
 """
 
 import hashlib
-import math
-import pickle
+import itertools
 import re
 from collections import OrderedDict
 from functools import partial
@@ -53,9 +49,8 @@ class Encoding(NamedTuple):
 class AdaIR(nn.Module):
     """The network. Defaults are the paper's Table 6 (28,784,824 parameters).
 
-    mask_rule: "adair" (the original) or "fraction"; rates: the constants (r_h, r_l) a model under
-    "fraction" uses when nobody controls it. Both travel with our checkpoints (`config`); see
-    `AFLB`.
+    mask_rule: "adair" or "fraction", see `AFLB`; rates: the constants (r_h, r_l) that a model under
+    "fraction" uses when nobody controls it.
     """
 
     def __init__(
@@ -71,15 +66,9 @@ class AdaIR(nn.Module):
         super().__init__()
         if mask_rule not in ("adair", "fraction"):
             raise ValueError(f'mask_rule is {mask_rule!r}; it must be "adair" or "fraction"')
-        self.config = dict(
-            dim=dim,
-            num_blocks=list(num_blocks),
-            num_refinement_blocks=num_refinement_blocks,
-            heads=list(heads),
-            ffn_expansion=ffn_expansion,
-            mask_rule=mask_rule,
-            rates=list(rates),
-        )
+        self.config = dict(dim=dim, num_blocks=list(num_blocks), heads=list(heads))
+        self.config |= dict(num_refinement_blocks=num_refinement_blocks)
+        self.config |= dict(ffn_expansion=ffn_expansion, mask_rule=mask_rule, rates=list(rates))
 
         def blocks(n, width, heads):
             return nn.Sequential(*(TransformerBlock(width, heads, ffn_expansion) for _ in range(n)))
@@ -113,8 +102,7 @@ class AdaIR(nn.Module):
         return [width * self.config["dim"] for width in (8, 4, 2)]
 
     def encode(self, x):
-        """x: (B, 3, H, W) in [0, 1], H and W multiples of 8. Returns an `Encoding`, which depends
-        on no action."""
+        """The `Encoding` of x (B, 3, H, W) in [0, 1], H and W multiples of 8."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % 8 or x.shape[3] % 8:
             raise ValueError(f"AdaIR takes (B, 3, 8 h, 8 w), not {tuple(x.shape)}; see restore()")
         x = x.contiguous(memory_format=torch.channels_last)  # so are all maps from here on
@@ -262,31 +250,17 @@ class FrequencyRefine(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.SpatialGate, self.ChannelGate = SpatialGate(), ChannelGate(dim)
+        self.SpatialGate = nn.Sequential(OrderedDict(spatial=Conv(2, 1, 7, padding=3)))
+        mlp = nn.Sequential(Conv(dim, dim // 16, 1), nn.ReLU(), Conv(dim // 16, dim, 1))
+        self.ChannelGate = nn.Sequential(OrderedDict(mlp=mlp))
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, low, high):
-        return self.proj(high * self.ChannelGate(low) + low * self.SpatialGate(high))
-
-
-class SpatialGate(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.spatial = Conv(2, 1, 7, padding=3)
-
-    def forward(self, x):
-        pooled = torch.stack((x.amax(dim=1), x.mean(dim=1)), dim=1)  # (B, 2, H, W)
-        return self.spatial(pooled).sigmoid()
-
-
-class ChannelGate(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.mlp = nn.Sequential(Conv(dim, dim // 16, 1), nn.ReLU(), Conv(dim // 16, dim, 1))
-
-    def forward(self, x):
-        mean, peak = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
-        return (self.mlp(mean) + self.mlp(peak)).sigmoid()
+        mean, peak = low.mean(dim=(2, 3), keepdim=True), low.amax(dim=(2, 3), keepdim=True)
+        of_channels = (self.ChannelGate(mean) + self.ChannelGate(peak)).sigmoid()  # (B, C, 1, 1)
+        pooled = torch.stack((high.amax(dim=1), high.mean(dim=1)), dim=1)  # (B, 2, H, W)
+        of_places = self.SpatialGate(pooled).sigmoid()  # (B, 1, H, W)
+        return self.proj(high * of_channels + low * of_places)
 
 
 # ------------------------------------------------------------------------------- Restormer's blocks
@@ -411,10 +385,9 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
 
     image: (3, H, W) or (B, 3, H, W) in [0, 1], on any device; the result lies beside it, has its
     shape and is not clamped. controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained
-    model. The image is padded by reflection to a multiple of 8. With `tile` (px, a multiple of 8)
-    it is restored in overlapping tiles that are faded into each other over `overlap` px, which
-    bounds the memory; attention, FFT and controls then know a tile only, and that changes the
-    numbers. Raises ValueError for a shape or tile it cannot take.
+    model. tile: px, a multiple of 8, of tiles that are faded into each other over `overlap` px,
+    which bounds the memory; attention, FFT and controls then know a tile only, and that changes
+    the numbers. Raises ValueError for a shape or tile it cannot take.
     """
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < 8:
@@ -434,8 +407,6 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
 
 
 def _restore_tiles(run, padded, tile, overlap, progress):
-    h, w = padded.shape[-2:]
-
     def starts(side):
         last = max(side - tile, 0)
         return [min(i, last) for i in range(0, max(side - overlap, 1), tile - overlap)]
@@ -445,7 +416,7 @@ def _restore_tiles(run, padded, tile, overlap, progress):
         return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
 
     total, weight = torch.zeros_like(padded), torch.zeros_like(padded[:1, :1])
-    corners = [(top, left) for top in starts(h) for left in starts(w)]
+    corners = list(itertools.product(*map(starts, padded.shape[-2:])))
     for top, left in tqdm(corners, desc="tiles", unit="tile", disable=not progress, leave=False):
         here = (..., slice(top, top + tile), slice(left, left + tile))
         patch = padded[here]
@@ -457,12 +428,27 @@ def _restore_tiles(run, padded, tile, overlap, progress):
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-# The original carries these in every AFLB and never uses them: accepted when loading, not kept.
+# The original has these in every AFLB and never uses them: accepted when loading, not kept.
 UNUSED = re.compile(r"fre[123]\.(conv\.weight|score_gen\.weight|score_gen\.bias)")
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the text says which and why, in one sentence."""
+
+
+def read_checkpoint(path):
+    """The object a checkpoint file holds: tensors and plain values only, nothing in it is executed.
+    Raises CheckpointError for a file that is missing, is no checkpoint or holds code."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        kind = type(error).__name__  # torch's own text advises to load the file unguarded
+        raise CheckpointError(f"{path} holds no tensors that can be read ({kind})") from None
 
 
 def load_adair(path, checkpoint=None):
@@ -473,64 +459,30 @@ def load_adair(path, checkpoint=None):
 
     Raises CheckpointError, naming any tensor that is missing, unknown or of the wrong shape.
     """
-    state = read_checkpoint(path) if checkpoint is None else checkpoint
-    config = {}
-    if isinstance(state, dict) and "model" in state:  # ours
-        state, config = state["model"], state.get("config", {})
-    elif isinstance(state, dict) and "state_dict" in state:  # Lightning's
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no state dict of an AdaIR")
+    stored = read_checkpoint(path) if checkpoint is None else checkpoint
     try:
+        state = stored.get("model", stored.get("state_dict", stored))  # ours, Lightning's, bare
         state = {key.removeprefix("net."): value for key, value in state.items()}
-        model = AdaIR(**{**adair_config(state), **config})
+        model = AdaIR(**{**adair_config(state), **stored.get("config", {})})
         model.load_state_dict({k: v for k, v in state.items() if not UNUSED.fullmatch(k)})
-    except KeyError as error:
-        raise CheckpointError(f"{path} is not an AdaIR: it has no tensor {error}") from None
     except Exception as error:  # another network's tensors, or another version's configuration
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path} is not an AdaIR ({words:.600})") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.600}"
+        raise CheckpointError(f"{path} is not an AdaIR ({reason})") from None
     return model.float().eval()
 
 
 def load_pretrained(path, wanted_rule):
     """The AdaIR to start from, under the mask rule it was trained with. Raises CheckpointError for
-    one that is post-trained, since its policy would be lost, and for one trained under "fraction"
-    when the original's rule is wanted."""
+    one that is post-trained, and for one trained under "fraction" when the original's is wanted."""
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and "policy" in checkpoint:
         raise CheckpointError(
-            f"{path} is post-trained, and its policy would be lost: "
-            "--init wants a pre-trained model"
+            f"{path} is post-trained, its policy would be lost: start from another"
         )
     model = load_adair(path, checkpoint=checkpoint)
     if model.config["mask_rule"] == "fraction" != wanted_rule:
-        raise CheckpointError(
-            f"{path} was trained under mask rule fraction: "
-            f"--mask-rule {wanted_rule} would change what it computes"
-        )
+        raise CheckpointError(f"{path}: --mask-rule {wanted_rule} would change what it computes")
     return model
-
-
-def read_checkpoint(path):
-    """The object a checkpoint file holds: tensors and plain values only, nothing in it is executed.
-
-    Raises CheckpointError for a file that is missing, is no checkpoint or holds code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
-        raise CheckpointError(
-            f"{path} was refused: it holds more than tensors and plain values ({reason:.100})"
-        ) from None
-    except Exception as error:  # a damaged file fails in many ways, some of them without a text
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({error!r:.200})") from None
 
 
 def adair_config(state):
@@ -541,18 +493,17 @@ def adair_config(state):
         return len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
 
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    # hidden = int(dim · expansion): the shortest decimal that gives the hidden width of every level
-    # (2.66 for AdaIR)
     hidden = [state[f"{name}.0.ffn.project_out.weight"].shape[1] for name in levels]
-    low = max(width / (dim << i) for i, width in enumerate(hidden))
-    high = min((width + 1) / (dim << i) for i, width in enumerate(hidden))
-    candidates = (math.ceil(low * 10**digits) / 10**digits for digits in range(1, 9))
+
+    def gives_hidden(expansion):
+        return hidden == [int((dim << i) * expansion) for i in range(4)]
+
     return dict(
         dim=dim,
         num_blocks=[count(name) for name in levels],
         num_refinement_blocks=count("refinement"),
         heads=[len(state[f"{name}.0.attn.temperature"]) for name in levels],
-        ffn_expansion=next(c for c in candidates if c < high),
+        ffn_expansion=next(filter(gives_hidden, (n / 100 for n in range(100, 1000)))),
     )
 
 
@@ -563,27 +514,30 @@ def load_restorer(path):
     Nothing in the file is executed: it is read as tensors and plain values alone. Raises
     CheckpointError for one that is unknown, changes an image's size, or takes no RGB images.
     """
-    state = read_checkpoint(path)
-    weights = state.get("model", state) if isinstance(state, dict) else state
-    if any("fre1.para1" in key for key in getattr(weights, "get", dict)("state_dict", weights)):
-        return load_adair(path, checkpoint=state)
-    import spandrel
+    import spandrel  # late: it knows some forty architectures
 
+    stored = read_checkpoint(path)
+    if isinstance(stored, dict) and "policy" in stored:
+        raise CheckpointError(f"{path} holds a policy, which would be lost: start from another")
     try:
-        weights = spandrel.canonicalize_state_dict(weights)
+        state = stored.get("model", stored.get("state_dict", stored))  # ours, Lightning's, others'
+        if any(key.endswith("fre1.para1") for key in state):
+            return load_adair(path, checkpoint=stored)
+        weights = spandrel.canonicalize_state_dict(state)
         found = spandrel.ModelLoader("cpu").load_from_state_dict(weights)
+    except CheckpointError:
+        raise
     except Exception as error:  # an architecture that it does not know, or no weights at all
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path} is no restorer that spandrel knows ({words:.300})") from None
+        raise CheckpointError(
+            f"{path} is no restorer that spandrel knows ({error!r:.200})"
+        ) from None
     name, sizes = found.architecture.name, found.size_requirements
     if not isinstance(found, spandrel.ImageModelDescriptor) or found.scale != 1:
-        raise CheckpointError(
-            f"{path} is a {name} of scale {found.scale}: wanted an image restorer"
-        )
+        raise CheckpointError(f"{path} is a {name} of scale {found.scale}, not an image restorer")
     if (found.input_channels, found.output_channels) != (3, 3) or sizes.square:
         raise CheckpointError(f"{path} is a {name} that does not take RGB images of any size")
-    net = found.model.float().eval()
-    net.multiple, net.smallest = max(sizes.multiple_of, 1), max(sizes.minimum, 1)
+    net = found.model.float().eval()  # itself: the descriptor's call clamps and has no gradient
+    net.multiple = max(sizes.multiple_of, 1)
     return net
 
 

@@ -6,7 +6,7 @@ At each AFLB a rate head draws (r_h, r_l), the size of the low-frequency mask, a
 states are detached and remembered with the actions, so log π can be evaluated for other heads (or
 later ones) without running the backbone again.
 
-Whoever uses a policy knows five words of it: `fit`, `sample`, `mean`, `evaluate` and `kl`. That its
+A user of a policy knows five words of it: `fit`, `sample`, `mean`, `evaluate` and `kl`. That its
 densities are Beta densities is said in this file alone.
 """
 
@@ -77,9 +77,9 @@ def soft_cap(raw):
 
 
 class Normalise(nn.Module):
-    """States in standard deviations from their mean over the training set, cut off at CLIP: raw
-    ones differ so little between images that every image would get the same densities. Before
-    `fit`, as they are."""
+    """States in standard deviations from their mean over the training set: raw ones differ so
+    little between images that every image would get the same densities. Before `fit`, as they
+    are."""
 
     def __init__(self, size):
         super().__init__()
@@ -92,11 +92,8 @@ class Normalise(nn.Module):
         self.mean.copy_(states.mean(dim=0))
         self.deviation.copy_(states.std(dim=0, correction=0) + FLOOR)
 
-    def in_deviations(self, states):
-        return (states - self.mean) / self.deviation
-
     def forward(self, states):
-        return self.in_deviations(states).clamp(-CLIP, CLIP)
+        return (states - self.mean) / self.deviation
 
 
 class BetaHead(nn.Module):
@@ -112,10 +109,8 @@ class BetaHead(nn.Module):
         alphas = [m * concentration for m in means]
         betas = [(1 - m) * concentration for m in means]
         if min(alphas + betas) <= 1 or max(alphas + betas) >= 1 + math.exp(RAW_MAX):
-            raise PolicyError(
-                f"a Beta of means {means} and concentration {concentration:g} "
-                "is out of a head's reach"
-            )
+            what = f"means {means} and concentration {concentration:g}"
+            raise PolicyError(f"a Beta of {what} is out of a head's reach")
         # α = 1 + exp(raw): an Adam step on raw is a relative step in α
         raw = (torch.tensor(alphas + betas) - 1).log()
         nn.init.zeros_(self.out.weight)
@@ -123,9 +118,9 @@ class BetaHead(nn.Module):
 
     def forward(self, state):
         # 1×1 convolutions of 1×1 maps, as matrix products: a GPU's convolutions round to TF32
-        embed, out = self.embed.weight.flatten(1), self.out.weight.flatten(1)
-        hidden = F.gelu(F.linear(self.normalise(state.flatten(-3)), embed, self.embed.bias))
-        raw = F.linear(hidden, out, self.out.bias)
+        seen = self.normalise(state.flatten(-3)).clamp(-CLIP, CLIP)
+        hidden = F.gelu(F.linear(seen, self.embed.weight.flatten(1), self.embed.bias))
+        raw = F.linear(hidden, self.out.weight.flatten(1), self.out.bias)
         return (1 + soft_cap(raw).exp()).chunk(2, dim=-1)
 
 
@@ -162,10 +157,8 @@ class BetaPolicy(nn.Module):
 
     def clipped(self, states):
         """The share of stored states that lie beyond CLIP deviations."""
-        parts = [
-            head.normalise.in_deviations(state).abs() > CLIP for head, state in self.heads(states)
-        ]
-        return torch.cat([part.flatten() for part in parts]).float().mean().item()
+        seen = [head.normalise(state).flatten() for head, state in self.heads(states)]
+        return (torch.cat(seen).abs() > CLIP).float().mean().item()
 
     def sample(self, generators=(None,)):
         """A controller that draws its actions, from one generator for every image, so that they do
@@ -210,8 +203,8 @@ class BetaPolicy(nn.Module):
     def densities(self, states):
         """(α, β), each (…, 3, 4), of stored states (three pairs of rate and fuse state)."""
         levels = [self.densities_at(i, rate, fuse) for i, (rate, fuse) in enumerate(states)]
-        alphas, betas = zip(*levels)
-        return torch.stack(alphas, dim=-2), torch.stack(betas, dim=-2)
+        alpha, beta = (torch.stack(of_levels, dim=-2) for of_levels in zip(*levels))
+        return alpha, beta
 
     def densities_at(self, level, rate_state, fuse_state):
         """(α, β), each (…, 4) in the order of CONTROLS, of one AFLB. Always float32."""
@@ -291,27 +284,22 @@ def policy_for(model, concentration=30.0):
 
 def policy_state(policy):
     """What a checkpoint holds of a policy."""
-    config = dict(kind=policy.kind, **policy.config)
-    return dict(policy=policy.state_dict(), policy_config=config)
+    return dict(policy=policy.state_dict(), policy_config=dict(kind=policy.kind, **policy.config))
 
 
 def load_policy(checkpoint):
     """The policy of a post-trained checkpoint (what `model.read_checkpoint` returns), or None of a
-    pre-trained one. Raises PolicyError for one of another kind, or of another make."""
+    pre-trained one. Raises PolicyError for one of another kind or version."""
     if not isinstance(checkpoint, dict) or "policy" not in checkpoint:
         return None
     try:
         config = dict(checkpoint["policy_config"])
         config.pop("normalised", None)  # always, since the first checkpoints
-        kind = config.pop("kind", "early: one without normalised states")
+        kind = config.pop("kind")
         if kind != BetaPolicy.kind:
-            raise PolicyError(
-                f"the checkpoint holds a policy of kind {kind!r}; "
-                f"this version reads {BetaPolicy.kind!r}"
-            )
+            raise PolicyError(f"the checkpoint holds a policy of kind {kind!r}, not 'beta'")
         policy = BetaPolicy(**config)
         policy.load_state_dict(checkpoint["policy"])
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = f"{error!r:.200}"
-        raise PolicyError(f"the checkpoint holds no policy of this version ({reason})") from None
+        raise PolicyError(f"checkpoint with no policy of this version ({error!r:.200})") from None
     return policy.eval()

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import urllib.request
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -48,8 +49,8 @@ def ssim(y, gt, sigma=1.5, radius=5):
     window = (-x.square() / (2 * sigma**2)).exp()
     window = window / window.sum()
 
-    # Filtering a side of n px is a product with a matrix of one row per window. On one CPU core it
-    # takes 20 ms for 8 crops of 128 px; two convolutions take 83 ms.
+    # A product with a matrix of one row per window: 20 ms for 8 crops of 128 px on one CPU core,
+    # where two convolutions take 83 ms.
     def filters(n):  # (n - 2 radius, n)
         pixel = torch.arange(n, device=y.device)
         place = pixel - pixel[: n - 2 * radius, None]  # of every pixel in every window
@@ -70,25 +71,22 @@ def r_ssim(y, gt):
 
 
 def lpips_features(net, images):
-    """Unit-normalised AlexNet features of an lpips.LPIPS for images in [0, 1] (LPIPS itself wants
-    [−1, 1])."""
+    """Unit-normalised AlexNet features of an lpips.LPIPS, which itself wants images in [−1, 1]."""
     from lpips import normalize_tensor
 
     return [normalize_tensor(f) for f in net.net(net.scaling_layer(2 * images - 1))]
 
 
 def r_lpips(net, features_y, features_gt):
-    """1 − clip(LPIPS) from the features of both images; those of the truth may be computed once per
-    group."""
+    """1 − clip(LPIPS) from the features of both images."""
     layers = zip(net.lins, features_y, features_gt)
     return 1 - sum(lin((f - g).square()).mean(dim=(1, 2, 3)) for lin, f, g in layers).clamp(0, 1)
 
 
 def clip_embedding(net, images):
-    """L2-normalised CLIP image embeddings (B, D): shorter side to CLIP's input size, bicubic,
-    centre crop."""
+    """L2-normalised CLIP embeddings (B, D): shorter side to CLIP's, bicubic, centre crop."""
     visual = net.visual
-    size = max(visual.image_size) if isinstance(visual.image_size, tuple) else visual.image_size
+    size = max(visual.image_size)
     scale = size / min(images.shape[-2:])
     shape = [max(size, round(side * scale)) for side in images.shape[-2:]]
     how = dict(mode="bicubic", align_corners=False, antialias=True)
@@ -106,19 +104,14 @@ def r_clip(embedding_y, embedding_gt):
 
 
 class AestheticHead(nn.Module):
-    """LAION's aesthetic predictor: an MLP on the normalised CLIP ViT-L/14 embedding; a score of
-    about 1 to 10."""
+    """LAION's aesthetic predictor: linear layers on the normalised CLIP ViT-L/14 embedding; a score
+    of about 1 to 10. Numbered as in its file, whose dropouts do nothing here."""
 
     def __init__(self):
         super().__init__()
-        sizes = (768, 1024, 128, 64, 16, 1)
-        linears = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-        # The original has dropout after its first three layers, which shifts the numbers in its
-        # file's keys.
-        drop = [nn.Dropout(p) for p in (0.2, 0.2, 0.1)]
-        self.layers = nn.Sequential(
-            linears[0], drop[0], linears[1], drop[1], linears[2], drop[2], *linears[3:]
-        )
+        sizes = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
+        layers = {number: nn.Linear(*size) for number, size in sizes.items()}
+        self.layers = nn.Sequential(OrderedDict(layers))
 
     def forward(self, embedding):
         return self.layers(embedding)[:, 0]
@@ -146,10 +139,8 @@ def luma(image):
 def sobel(z):
     """(Gx, Gy) of (B, H, W) with the plain 3×3 Sobel kernels, borders replicated."""
     z = F.pad(z[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    rows, columns = (
-        z[:, :-2] + 2 * z[:, 1:-1] + z[:, 2:],
-        z[..., :-2] + 2 * z[..., 1:-1] + z[..., 2:],
-    )  # 1 2 1
+    rows = z[:, :-2] + 2 * z[:, 1:-1] + z[:, 2:]  # 1 2 1
+    columns = z[..., :-2] + 2 * z[..., 1:-1] + z[..., 2:]
     return rows[..., 2:] - rows[..., :-2], columns[:, 2:] - columns[:, :-2]  # -1 0 1
 
 
@@ -221,18 +212,13 @@ def r_task(y, gt, task):
 # ---------------------------------------------------------------------------- networks behind terms
 
 
-def default_weights_dir():
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 def weight_path(net, weights_dir=None):
     """Where the weights of a network are, or would be."""
-    return Path(weights_dir or default_weights_dir()) / NETS[net].file
+    return Path(weights_dir or Path(torch.hub.get_dir()) / "checkpoints") / NETS[net].file
 
 
 def weight_file(net, weights_dir=None):
-    """Path of the weights of a network, downloaded once. Raises RewardError, within seconds when
-    there is no network."""
+    """Path of the weights of a network, downloaded once. Raises RewardError if they cannot be."""
     path = weight_path(net, weights_dir)
     if path.is_file():
         return path
@@ -244,24 +230,21 @@ def weight_file(net, weights_dir=None):
     except OSError as error:
         users = " and ".join(name for name, term in TERMS.items() if net in term.nets)
         raise RewardError(
-            f"the reward {users} needs {path}, which is not there and cannot be fetched ({error}): "
-            f"put the file from {url} there, name its folder with --weights-dir, "
-            f"or leave {users} out of --rewards"
+            f"the reward {users} needs {path}, which cannot be fetched ({error}): put {url} there, "
+            f"name its folder with --weights-dir, or leave {users} out of --rewards"
         ) from None
     return path
 
 
 def load_clip(path, name="ViT-L-14-quickgelu"):
-    """An open_clip model from a local file. OpenAI's weights were trained with QuickGELU, hence the
-    name."""
+    """An open_clip model from a local file. OpenAI trained its weights with QuickGELU."""
     import open_clip
 
     return open_clip.create_model(name, pretrained=str(path)).eval().requires_grad_(False)
 
 
 def load_lpips(trunk_path):
-    """LPIPS-alex: linear layers from the package, AlexNet's convolutions from torchvision's
-    file."""
+    """LPIPS-alex: linear layers from the package, convolutions from torchvision's file."""
     import lpips
 
     with warnings.catch_warnings():  # it calls torchvision in a way that is deprecated there
@@ -269,9 +252,8 @@ def load_lpips(trunk_path):
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     trunk = torch.load(trunk_path, map_location="cpu", weights_only=True)
     # lpips keeps torchvision's layer numbers: slice2.3.weight is features.3.weight
-    net.net.load_state_dict(
-        {key: trunk["features." + key.split(".", 1)[1]] for key in net.net.state_dict()}
-    )
+    names = {key: "features." + key.split(".", 1)[1] for key in net.net.state_dict()}
+    net.net.load_state_dict({key: trunk[name] for key, name in names.items()})
     return net.eval().requires_grad_(False)
 
 
@@ -289,18 +271,13 @@ class Net(NamedTuple):
     load: Callable
 
 
+OPENAI = "https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/"
+TORCH = "https://download.pytorch.org/models/"
+LAION = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
 NETS = {
-    "clip": Net(
-        "open_clip_model.safetensors",
-        "https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/",
-        load_clip,
-    ),
-    "lpips": Net("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/", load_lpips),
-    "aes": Net(
-        "sac+logos+ava1-l14-linearMSE.pth",
-        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/",
-        load_aesthetic,
-    ),
+    "clip": Net("open_clip_model.safetensors", OPENAI, load_clip),
+    "lpips": Net("alexnet-owt-7be5be79.pth", TORCH, load_lpips),
+    "aes": Net("sac+logos+ava1-l14-linearMSE.pth", LAION, load_aesthetic),
 }
 
 
@@ -309,8 +286,7 @@ def load_net(name, path):
     try:
         return NETS[name].load(path)
     except Exception as error:
-        reason = f"{error!r:.200}"
-        raise RewardError(f"{path} does not hold the weights of {name} ({reason})") from None
+        raise RewardError(f"{path} does not hold the weights of {name} ({error!r:.99})") from None
 
 
 # ------------------------------------------------------------------------------- the table of terms
@@ -318,12 +294,10 @@ def load_net(name, path):
 
 class Scene:
     """What a term may look at: G rollouts of each of B images, their truths and tasks. What depends
-    on the truth alone is computed once per image, and what several terms need once for all of
-    them."""
+    on the truth alone is computed once per image, and what several terms need once for all."""
 
     def __init__(self, restored, gt, tasks, nets):
-        """restored: (B, G, 3, H, W), clamped here; gt: (B, 3, H, W); tasks: B names; nets: {name:
-        network}."""
+        """restored: (B, G, 3, H, W), clamped here; gt: (B, 3, H, W); nets: {name: network}."""
         self.group, self.nets, self.tasks = restored.shape[1], nets, tasks
         self.y = restored.flatten(0, 1).float().clamp(0, 1)  # (B·G, 3, H, W), image by image
         self.truth = gt.float()
@@ -355,7 +329,7 @@ class Term(NamedTuple):
 
     value: Callable | None  # Scene -> (B·G,) in [0, 1]
     part: str  # of PARTS: a new term belongs to "gen"
-    weight: float  # inside its part: as published, or what a new term is worth
+    weight: float  # inside its part: as published, or what a new term is worth; NaN: must be given
     nets: tuple = ()  # of NETS, that it needs
     side: int = 1  # px a side below which it cannot be computed
     plug: str = ""  # FILE:NAME of a function of the user's
@@ -385,41 +359,31 @@ def parse_terms(text, judge=False):
     and to TERMS. R_qwen goes with a judge: a preset has it if there is one, a list must name it
     then, and only then. Raises RewardError.
     """
-    chosen = {"gen": PARTS["gen"]}
+    weights = dict.fromkeys(TERMS, 0.0) | dict.fromkeys(PARTS, 0.0) | {"gen": PARTS["gen"]}
     for item in PRESETS.get(text, text.split(",")):
-        name, _, value = item.strip().partition("=")
-        if ".py:" in name:
-            name = add_plug(name)
+        given, _, value = item.strip().partition("=")
+        name = add_plug(given) if ".py:" in given else given
         if name not in TERMS and name not in PARTS:
-            raise RewardError(
-                f"--rewards knows no term {name!r}; the terms are {', '.join(TERMS)} "
-                "(and gen=WEIGHT, FILE.py:FUNCTION=WEIGHT)"
-            )
-        if TERMS.get(name, TERMS["task"]).plug and not value:
-            raise RewardError(f"--rewards {item}: give it a weight, as {item.strip()}=0.2")
-        published = PARTS[name] if name in PARTS else TERMS[name].weight
+            known = ", ".join([*TERMS, "gen=WEIGHT", "FILE.py:FUNCTION=WEIGHT"])
+            raise RewardError(f"--rewards knows no term {name!r}; the terms are {known}")
         try:
-            chosen[name] = float(value) if value else published
+            weights[name] = float(value or PARTS.get(name) or TERMS[name].weight)
         except ValueError:
-            raise RewardError(f"--rewards {item!r}: the weight is not a number") from None
-        if not (0 <= chosen[name] < math.inf):
-            raise RewardError(f"--rewards {item!r}: a weight must be 0 or more, and finite")
-    weights = {name: chosen.get(name, 0.0) for name in (*TERMS, *PARTS)}
+            weights[name] = math.nan
+        if not 0 <= weights[name] < math.inf:
+            raise RewardError(f"--rewards {item}: give it a weight of 0 or more, as {given}=0.2")
     if text in PRESETS:
         weights["qwen"] = PARTS["qwen"] if judge else 0.0
     if weights["qwen"] and not judge:
-        raise RewardError(
-            "--rewards asks for qwen, but there is no judge: "
-            "name one with --judge, or leave the term out"
-        )
+        raise RewardError("--rewards has qwen but there is no judge: name one with --judge")
     if judge and not weights["qwen"]:
-        raise RewardError(
-            "there is a --judge, but --rewards leaves its term qwen out: "
-            "name it, or leave --judge out"
-        )
+        raise RewardError("there is a --judge, but --rewards leaves its term qwen out: name it")
     if not any(effective_weights(weights).values()):
         raise RewardError(f"--rewards {text!r} leaves no term with a weight above 0")
     return weights
+
+
+# -------------------------------------------------------------------- terms in files of the user's
 
 
 def add_plug(source):
@@ -445,17 +409,15 @@ def add_plug(source):
             values = function(scene.y, scene.gt)
         except Exception as error:
             raise RewardError(f"the reward {source} failed ({error!r:.200})") from None
+        n = len(scene.y)
         shape = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
-        if shape != (len(scene.y),):
-            raise RewardError(
-                f"the reward {source} gave {shape} for {len(scene.y)} images: "
-                f"it must give a tensor of shape ({len(scene.y)},)"
-            )
+        if shape != (n,):
+            raise RewardError(f"the reward {source} gave {shape} for {n} images: it must be ({n},)")
         if not ((values >= 0) & (values <= 1)).all():
             raise RewardError(f"the reward {source} gave a value that is not in [0, 1]")
         return values.float()
 
-    TERMS[name] = Term(value, "gen", 0.0, plug=source)
+    TERMS[name] = Term(value, "gen", math.nan, plug=source)
     return name
 
 
@@ -465,12 +427,14 @@ def plugs_of(text):
     return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)}
 
 
+# ----------------------------------------------------------------------------- the composite reward
+
+
 def effective_weights(weights, without=None):
     """The weight of every term in R, summing to 1.
 
-    Missing terms of R_gen leave their share to the rest of R_gen, so that it stays a score in [0,
-    1]; a missing part leaves its share to the other parts. without: a term to leave out, "qwen" for
-    a group the judge could not score.
+    Missing terms of R_gen leave their share to the rest of R_gen, a missing part to the other
+    parts. without: a term to leave out, "qwen" for a group the judge could not score.
     """
     shares = dict.fromkeys(TERMS, 0.0)
     for part in PARTS:
@@ -491,23 +455,23 @@ def describe_terms(weights, judge=None):
     effective, paper = effective_weights(weights), effective_weights(parse_terms("paper", True))
     rows = []
     for name, term in TERMS.items():
-        needs = ["--judge"] if name == "qwen" else [NETS[net].file for net in term.nets]
-        off = f"off; needs {', '.join(needs)}" if needs else "off"
-        on = f"on; {judge}" if name == "qwen" and judge else f"on; {term.plug}".rstrip("; ")
-        state = on if effective[name] else off
-        numbers = dict(weight=round(effective[name], 4), paper=round(paper[name], 4))
-        rows.append(dict(term=name, **numbers, state=state))
+        if effective[name]:
+            state = ["on", judge if name == "qwen" else term.plug]
+        else:
+            needs = ["--judge"] if name == "qwen" else [NETS[net].file for net in term.nets]
+            state = ["off", needs and f"needs {', '.join(needs)}"]
+        row = dict(term=name, weight=round(effective[name], 4), paper=round(paper[name], 4))
+        rows.append(row | dict(state="; ".join(filter(None, state))))
     return rows
 
 
 class Reward:
-    """The composite reward with the networks its terms need. Raises RewardError if one of them
-    cannot be had."""
+    """The composite reward. Raises RewardError if a network that its terms need cannot be had."""
 
     def __init__(self, weights, device="cpu", weights_dir=None):
         """weights: as `parse_terms` gives them."""
         self.weights, self.device = weights, device
-        on = [term for name, term in TERMS.items() if effective_weights(weights)[name]]
+        on = [TERMS[name] for name, weight in effective_weights(weights).items() if weight]
         paths = {net: weight_file(net, weights_dir) for term in on for net in term.nets}
         self.nets = {net: load_net(net, path).to(device) for net, path in paths.items()}
 
@@ -544,9 +508,8 @@ class Reward:
         return not any(effective_weights(self.weights, without="qwen").values())
 
     def differentiable(self, restored, gt, tasks):
-        """R of images (B, 3, H, W) of any size, (B,), with graph. Without R_qwen, which has no
-        gradient and takes long: its weight goes to the other terms, to those of --rewards default
-        where it is alone."""
+        """R of images (B, 3, H, W), (B,), with graph. Without R_qwen, which has no gradient: its
+        weight goes to the other terms, to those of --rewards default where it is alone."""
         weights = parse_terms("default") if self.is_judge_alone else self.weights
         effective = effective_weights(weights, without="qwen")
         terms = self.terms(Scene(restored[:, None], gt, tasks, self.nets), effective)
@@ -558,11 +521,10 @@ class Reward:
         y = torch.stack([gt, gt.flip(-1)]).to(self.device)[:, None].requires_grad_()
         scene = Scene(y, y.detach()[:, 0].flip(0), ["", ""], self.nets)
         for name, term in TERMS.items():
-            is_on = term.plug and self.weights.get(name)
-            if is_on and not term.value(scene).requires_grad and has_gradient:
-                raise RewardError(
-                    f"the reward {term.plug} has no gradient, which this --objective follows"
-                )
+            if not (term.plug and self.weights.get(name)):
+                continue
+            if not term.value(scene).requires_grad and has_gradient:
+                raise RewardError(f"the reward {term.plug} has no gradient, as --objective wants")
 
     @torch.no_grad()
     def of_image(self, restored, gt, task):

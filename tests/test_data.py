@@ -1,5 +1,8 @@
 """Sources, degradations and crops, on images made here."""
 
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,44 +12,32 @@ from PIL import Image
 import data
 import degradations
 import report
-import rewards
 from metrics import psnr
 
 LAYOUT = "denoise15 denoise25 denoise50 derain dehaze deblur lowlight".split()
 
 
+def write_pair(folder, degraded, clean, name, partner, seed=0):
+    write(folder / degraded / name, seed=seed)
+    write(folder / clean / partner, seed=seed)
+
+
 @pytest.fixture
 def adair_root(tmp_path):
     """A small data folder in AdaIR's layout, one test set and one out-of-domain set."""
-    t = tmp_path / "Train"
+    train, test = tmp_path / "Train", tmp_path / "test"
     for i in range(6):
-        write(t / f"Denoise/{i}.jpg", seed=i)
-        (
-            write(t / f"Derain/rainy/rain-{i}.png", seed=i),
-            write(t / f"Derain/gt/norain-{i}.png", seed=i + 10),
-        )
-        (
-            write(t / f"Dehaze/synthetic/part{i % 2}/00{i}_0.8_0.1.jpg", seed=i),
-            write(t / f"Dehaze/original/00{i}.png", seed=i),
-        )
-        write(t / f"Deblur/blur/{i}.png", seed=i), write(t / f"Deblur/sharp/{i}.png", seed=i)
-        write(t / f"Enhance/low/{i}.png", seed=i), write(t / f"Enhance/gt/{i}.png", seed=i)
-    e = tmp_path / "test"
+        write(train / f"Denoise/{i}.jpg", seed=i)
+        write_pair(train / "Derain", "rainy", "gt", f"rain-{i}.png", f"norain-{i}.png", i)
+        hazy = f"synthetic/part{i % 2}"
+        write_pair(train / "Dehaze", hazy, "original", f"00{i}_0.8_0.1.jpg", f"00{i}.png", i)
+        write_pair(train / "Deblur", "blur", "sharp", f"{i}.png", f"{i}.png", i)
+        write_pair(train / "Enhance", "low", "gt", f"{i}.png", f"{i}.png", i)
     for i in range(2):
-        write(e / f"denoise/bsd68/{i}.png", seed=i)
-        for folder, a, b in (
-            ("derain/Rain100L", f"{i}", f"{i}"),
-            ("dehaze", f"{i}_0.9_0.2", f"{i}"),
-            ("enhance/lol", f"{i}", f"{i}"),
-        ):
-            (
-                write(e / folder / f"input/{a}.png", seed=i),
-                write(e / folder / f"target/{b}.png", seed=i),
-            )
-        (
-            write(tmp_path / f"ood/real/input/{i}.png", seed=i),
-            write(tmp_path / f"ood/real/target/{i}.png", seed=i),
-        )
+        write(test / f"denoise/bsd68/{i}.png", seed=i)
+        write_pair(test / "dehaze", "input", "target", f"{i}_0.9_0.2.png", f"{i}.png", i)
+        for folder in (test / "derain/Rain100L", test / "enhance/lol", tmp_path / "ood/real"):
+            write_pair(folder, "input", "target", f"{i}.png", f"{i}.png", i)
     return tmp_path
 
 
@@ -67,18 +58,18 @@ def test_every_mode_is_read_as_rgb(tmp_path, kind):
 def test_16_bit_grey_keeps_its_range(tmp_path):
     values = np.linspace(0, 65535, 64 * 80).reshape(64, 80).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "x.png")
-    image = data.read_image(tmp_path / "x.png")
-    assert image.shape == (3, 64, 80) and torch.allclose(
-        image[1], torch.from_numpy(values / 65535).float(), atol=1e-6
-    )
+    image, expected = data.read_image(tmp_path / "x.png"), torch.from_numpy(values / 65535).float()
+    assert image.shape == (3, 64, 80) and torch.allclose(image[1], expected, atol=1e-6)
 
 
-def test_exif_rotation_is_applied(tmp_path):
-    exif = Image.Exif()
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
+def test_exif_rotation_is_applied_and_a_box_is_cut_after_it(tmp_path, kind):
+    path, exif = tmp_path / f"x.{kind}", Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
-    Image.fromarray(picture()).save(tmp_path / "x.png", exif=exif)
-    assert data.read_image(tmp_path / "x.png").shape == (3, 80, 64)
-    assert data.image_size(tmp_path / "x.png") == (64, 80)
+    Image.fromarray(picture()).save(path, exif=exif)
+    whole = data.read_image(path)
+    assert whole.shape == (3, 80, 64) and data.image_size(path) == (64, 80)
+    assert torch.equal(data.read_image(path, (8, 2, 30, 20)), whole[:, 2:20, 8:30])
 
 
 def test_a_truncated_image_is_named(tmp_path):
@@ -109,41 +100,26 @@ def test_adair_layout(adair_root):
 
 def test_adair_test_sets(adair_root):
     sets = data.list_adair_test(adair_root)
-    assert set(sets) == {
-        "bsd68 σ=15",
-        "bsd68 σ=25",
-        "bsd68 σ=50",
-        "Rain100L",
-        "dehaze",
-        "lol",
-        "real",
-    }
-    assert (
-        sets["dehaze"][0].task == "dehaze"
-        and sets["lol"][0].task == "lowlight"
-        and sets["real"][0].task == "real"
-    )
+    denoising = {"bsd68 σ=15", "bsd68 σ=25", "bsd68 σ=50"}
+    assert set(sets) == {*denoising, "Rain100L", "dehaze", "lol", "real"}
+    found = [sets[name][0].task for name in ("dehaze", "lol", "real")]
+    assert found == ["dehaze", "lowlight", "real"]
 
 
 def test_half_of_a_pair_is_named_in_training_and_an_error_in_evaluation(adair_root):
     (adair_root / "Train/Derain/gt/norain-3.png").unlink()
     samples, problems = data.find_adair_train(adair_root)
-    assert (
-        sum(s.task == "derain" for s in samples) == 5
-        and len(problems) == 1
-        and "rain-3.png" in problems[0]
-    )
+    assert sum(s.task == "derain" for s in samples) == 5
+    assert len(problems) == 1 and "rain-3.png" in problems[0]
     (adair_root / "test/enhance/lol/target/1.png").unlink()
     with pytest.raises(data.DataError, match="lol/input/1.png has no clean image"):
         data.list_adair_test(adair_root)
 
 
 def test_sets_of_the_same_name_are_both_kept(adair_root):
-    write(adair_root / "ood/lol/input/0.png"), write(adair_root / "ood/lol/target/0.png")
+    write_pair(adair_root / "ood/lol", "input", "target", "0.png", "0.png")
     sets = data.list_adair_test(adair_root)
-    assert {"lol", "test/enhance/lol"} <= set(sets) and sets["test/enhance/lol"][
-        0
-    ].task == "lowlight"
+    assert sets["lol"][0].task == "lol" and sets["test/enhance/lol"][0].task == "lowlight"
 
 
 def test_validation_is_apart_from_training(adair_root):
@@ -154,7 +130,7 @@ def test_validation_is_apart_from_training(adair_root):
 
 def test_the_demos_photographs_have_fixed_parts():
     train, val, held_out, problems = data.list_training(None)
-    numbers = [sorted({int(data.stem(s.gt)[-2:]) for s in part}) for part in (train, val, held_out)]
+    numbers = [sorted({int(Path(s.gt).stem[-2:]) for s in part}) for part in (train, val, held_out)]
     assert numbers[1:] == [[3, 9, 15, 21], [4, 8, 12, 16, 20, 24]] and not problems
     assert sorted(sum(numbers, [])) == [*range(1, 25)]
     assert all({s.task for s in part} == {*data.TASKS} for part in (train, val, held_out))
@@ -174,11 +150,8 @@ def test_a_photo_stands_under_several_draws_of_every_degradation(tmp_path):
         assert gt[0].shape == (3, 256, 384) and all(torch.equal(gt[0], other) for other in gt)
         assert not torch.equal(degraded[0], degraded[1])
     assert data.in_draws(photos, 1) == photos
-    pair, clean = (
-        data.Sample("derain", "1", "gt.png", "rain.png"),
-        data.Sample("denoise15", "1", "x"),
-    )
-    assert data.in_draws([pair, clean], 6) == [pair, clean]  # of AdaIR's folders
+    of_adair = [data.Sample("derain", "1", "a.png", "b.png"), data.Sample("denoise15", "1", "x")]
+    assert data.in_draws(of_adair, 6) == of_adair
 
 
 def test_missing_empty_and_foreign_folders(tmp_path):
@@ -201,11 +174,8 @@ def test_a_folder_of_photos(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     train, val, held_out, problems = data.list_training(tmp_path)
     val = val + held_out
-    assert (
-        len(train) + len(val) == 11 * len(data.TASKS)
-        and len(problems) == 1
-        and "broken.png" in problems[0]
-    )
+    assert len(train) + len(val) == 11 * len(data.TASKS)
+    assert len(problems) == 1 and "broken.png" in problems[0]
     large = next(s for s in train + val if s.name == "large.png")
     assert data.load_pair(large)[1].shape == (3, 512, 512)
 
@@ -214,8 +184,8 @@ def test_a_folder_of_photos(tmp_path):
 def test_what_cannot_be_used_is_named(adair_root, decode):
     """By the headers alone, or with every pixel read, which finds what is cut off, too."""
     write(adair_root / "Train/Deblur/blur/2.png", width=72)
-    write(adair_root / "Train/Enhance/low/4.png", width=20, height=20)
-    write(adair_root / "Train/Enhance/gt/4.png", width=20, height=20)
+    for part in ("low", "gt"):
+        write(adair_root / f"Train/Enhance/{part}/4.png", width=20, height=20)
     cut_off(adair_root / "Train/Derain/gt/norain-5.png")
     usable, problems = data.split_usable(data.find_adair_train(adair_root)[0], 32, decode)
     assert len(usable) == 6 * len(LAYOUT) - 2 - decode and len(problems) == 2 + decode
@@ -226,10 +196,9 @@ def test_what_cannot_be_used_is_named(adair_root, decode):
 
 def test_pairs_of_different_size_are_an_error_when_loaded(adair_root):
     path = write(adair_root / "x.png", width=72)
+    sample = data.Sample("derain", "x", str(adair_root / "Train/Deblur/sharp/0.png"), str(path))
     with pytest.raises(data.DataError, match="is 72×64 px but its clean image"):
-        data.load_pair(
-            data.Sample("derain", "x", str(adair_root / "Train/Deblur/sharp/0.png"), str(path))
-        )
+        data.load_pair(sample)
 
 
 PUBLISHED = {  # file names as the data sets' authors gave them, in AdaIR's folders
@@ -269,11 +238,8 @@ def test_folders_are_counted_beside_the_published_numbers(tmp_path):
     ]
     assert data.training_table(tmp_path, ["dehaze", "deblur"])[1] == rows[2:4]
     sets = data.list_adair_test(tmp_path)
-    assert {name: len(samples) for name, samples in sets.items() if "σ" not in name} == {
-        "Rain100L": 2,
-        "SOTS": 1,
-        "gopro": 1,
-    }
+    counts = {name: len(samples) for name, samples in sets.items() if "σ" not in name}
+    assert counts == {"Rain100L": 2, "SOTS": 1, "gopro": 1}
     assert sets["Rain100L"][0].gt.endswith("target/norain-001.png")
 
 
@@ -281,9 +247,7 @@ def test_a_folder_without_one_pair_is_not_called_absent(tmp_path):
     write(tmp_path / "Train/Derain/rainy/rain-1.png")
     write(tmp_path / "Train/Derain/gt/clean-1.png")
     assert data.training_table(tmp_path, ["derain"])[1][0][1:] == [0, 200, "Rain100L", 2]
-    words = (
-        "no pairs in AdaIR's layout .* for derain; 2 file.s. cannot be used, as .*rain-1.png has"
-    )
+    words = "no pairs in AdaIR's layout .* for derain; 2 file.s. cannot be used, as .*rain-1.png"
     with pytest.raises(data.DataError, match=words):
         data.list_training(tmp_path, tasks=["derain"])
 
@@ -291,52 +255,36 @@ def test_a_folder_without_one_pair_is_not_called_absent(tmp_path):
 def test_the_layout_on_real_pairs():
     root = reference_files("data")
     samples, problems = data.find_adair_train(root)
-    count = {t: sum(s.task == t for s in samples) for t in data.TASKS}
-    assert count == {
-        "denoise15": 333,
-        "denoise25": 333,
-        "denoise50": 333,
-        "derain": 100,
-        "dehaze": 96,
-        "deblur": 115,
-        "lowlight": 95,
-    }
+    count = Counter(s.task for s in samples)
+    paired = dict(derain=100, dehaze=96, deblur=115, lowlight=95)
+    assert count == dict(denoise15=333, denoise25=333, denoise50=333) | paired
     assert not problems and data.split_usable(samples, 128, decode=False)[1] == []
     counts = {name: len(s) for name, s in data.list_adair_test(root).items()}
-    assert (
-        counts["Rain100L"] == 51
-        and counts["dehaze"] == 24
-        and counts["polyu"] == 50
-        and counts["bsd68 σ=25"] == 68
-    )
+    wanted = {"Rain100L": 51, "dehaze": 24, "polyu": 50, "bsd68 σ=25": 68}
+    assert wanted.items() <= counts.items()
 
 
 def test_pairs_in_folders_of_scenes(tmp_path):
     """GoPro as its authors packed it has a 000047.png in every scene's folder."""
     for scene in ("GOPR0372_07_00", "GOPR0374_11_00"):
-        (
-            write(tmp_path / f"Train/Deblur/blur/{scene}/000047.png"),
-            write(tmp_path / f"Train/Deblur/sharp/{scene}/000047.png"),
-        )
+        file = f"{scene}/000047.png"
+        write_pair(tmp_path / "Train/Deblur", "blur", "sharp", file, file)
     samples, problems = data.find_adair_train(tmp_path, ["deblur"])
-    assert (
-        len(samples) == 2
-        and not problems
-        and all(s.degraded.replace("/blur/", "/sharp/") == s.gt for s in samples)
-    )
+    assert len(samples) == 2 and not problems
+    assert all(s.degraded.replace("/blur/", "/sharp/") == s.gt for s in samples)
 
 
 def test_a_folder_that_links_to_its_parent_ends(tmp_path):
     write(tmp_path / "a/1.png")
     (tmp_path / "a/again").symlink_to(tmp_path)
-    assert data.images_in(tmp_path, recursive=True) == [str(tmp_path / "a/1.png")]
-    assert data.images_in(tmp_path / "a", recursive=True)[0] == str(tmp_path / "a/1.png")
+    assert data.images_in(tmp_path) == [str(tmp_path / "a/1.png")]
+    assert data.images_in(tmp_path / "a")[0] == str(tmp_path / "a/1.png")
 
 
 def test_files_that_number_alike_are_sorted_alike_everywhere(tmp_path):
     for name in ("a01", "a1", "a10", "a2"):
         write(tmp_path / f"{name}.png")
-    assert [data.stem(p) for p in data.images_in(tmp_path)] == ["a01", "a1", "a2", "a10"]
+    assert [Path(p).stem for p in data.images_in(tmp_path)] == ["a01", "a1", "a2", "a10"]
 
 
 # ------------------------------------------------------------------------------------- degradations
@@ -382,38 +330,19 @@ def test_a_camera_leaves_little(clean):
     assert 24 < min(found) and max(found) < 60
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        degradations.line_kernel(9.3, 0.7),
-        degradations.line_kernel(5, 0),
-        degradations.disk_kernel(2.4),
-    ],
-)
-def test_kernels_keep_brightness_and_position(kernel):
-    assert kernel.sum().item() == pytest.approx(1, abs=1e-5) and kernel.shape[0] % 2 == 1
-    i = torch.arange(kernel.shape[0]) - kernel.shape[0] // 2
-    assert abs((kernel.sum(1) * i).sum()) < 0.05 and abs((kernel.sum(0) * i).sum()) < 0.05
+def test_kernels_keep_brightness_and_position():
+    lines = degradations.line_kernel(9.3, 0.7), degradations.line_kernel(5, 0)
+    for kernel in (*lines, degradations.disk_kernel(2.4)):
+        assert kernel.sum().item() == pytest.approx(1, abs=1e-5) and kernel.shape[0] % 2 == 1
+        i = torch.arange(kernel.shape[0]) - kernel.shape[0] // 2
+        assert abs((kernel.sum(1) * i).sum()) < 0.05 and abs((kernel.sum(0) * i).sum()) < 0.05
 
 
 # -------------------------------------------------------------------------------------------- crops
 
 
-def test_a_box_is_cut_after_the_exif_rotation(tmp_path):
-    pixels = np.arange(40 * 24 * 3, dtype=np.uint32).reshape(40, 24, 3) % 251
-    image = Image.fromarray(pixels.astype(np.uint8))
-    exif = image.getexif()
-    exif[0x0112] = 6  # shown turned by 90° clockwise
-    image.save(tmp_path / "turned.png", exif=exif)
-    whole = data.read_image(tmp_path / "turned.png")
-    assert whole.shape == (3, 24, 40)
-    assert torch.equal(
-        data.read_image(tmp_path / "turned.png", (8, 2, 30, 20)), whole[:, 2:20, 8:30]
-    )
-
-
 def test_a_folder_of_degraded_images_is_no_folder_of_photos(tmp_path):
-    write(tmp_path / "Derain/rainy/rain-1.png"), write(tmp_path / "Derain/gt/norain-1.png")
+    write_pair(tmp_path / "Derain", "rainy", "gt", "rain-1.png", "norain-1.png")
     for folder in ("", "Derain", "Derain/rainy"):
         with pytest.raises(data.DataError, match="rainy/. but no Train/"):
             data.list_training(tmp_path / folder)
@@ -423,10 +352,8 @@ def test_crops_follow_from_seed_and_number(tmp_path):
     samples = samples_of(tmp_path)
     one, two, other = (data.Crops(samples, 32, seed) for seed in (0, 0, 1))
     for n in (0, 7, 40):  # 40 is in the second epoch
-        assert (
-            all(torch.equal(a, b) for a, b in zip(one[n][:2], two[n][:2]))
-            and one[n][2:] == two[n][2:]
-        )
+        assert all(torch.equal(a, b) for a, b in zip(one[n][:2], two[n][:2]))
+        assert one[n][2:] == two[n][2:]
     assert any(one[n][3] != other[n][3] for n in range(10))
     assert one[0][0].shape == one[0][1].shape == (3, 32, 32)
 
@@ -461,14 +388,10 @@ def test_mined_images_keep_their_degradation_and_noise_is_new(tmp_path):
     sample = next(s for s in samples if s.task == "dehaze")
     whole, _ = data.load_pair(sample)
     crops = data.Crops([sample], 64, 0)  # as high as the image
-    columns = whole.permute(2, 0, 1).flatten(1)
+    places = [whole[..., left : left + 64] for left in range(17)]
     for n in range(6):
-        crop = crops[n][0]
-        variants = [crop.flip(d) for d in ([], [1], [2], [1, 2])]
-        assert any(
-            (columns - v.permute(2, 0, 1).flatten(1)[0]).abs().sum(dim=1).min() < 1e-6
-            for v in variants
-        )
+        variants = [crops[n][0].flip(d) for d in ([], [1], [2], [1, 2])]
+        assert any(torch.allclose(place, v, atol=1e-6) for place in places for v in variants)
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path):
@@ -487,29 +410,23 @@ def test_crops_become_a_batch(tmp_path):
 
 
 def test_repeats_are_adairs():
-    wanted = dict(
-        denoise15=3, denoise25=3, denoise50=3, derain=120, dehaze=1, deblur=5, lowlight=20
-    )
+    wanted = dict(denoise15=3, denoise25=3, denoise50=3)
+    wanted |= dict(derain=120, dehaze=1, deblur=5, lowlight=20)
     repeated = data.adair_repeats([data.Sample(task, "x", "x") for task in wanted])
     assert {task: sum(s.task == task for s in repeated) for task in wanted} == wanted
 
 
-def test_a_word_may_name_a_family_of_tasks():
-    assert data.task_names(["denoise", "dehaze"]) == [
-        "denoise15",
-        "denoise25",
-        "denoise50",
-        "dehaze",
-    ]
+def test_a_word_may_name_a_kind_of_tasks():
+    denoising = ["denoise15", "denoise25", "denoise50"]
+    assert data.task_names(["denoise", "dehaze"]) == [*denoising, "dehaze"]
     assert data.task_names(["denoise25"]) == ["denoise25"]
     assert data.task_names([]) == list(data.TASKS)
 
 
 def test_the_hazes_of_one_truth_are_not_trained_on_and_measured_on():
     """OTS has 35 hazes of a photograph."""
-    hazes = [
-        data.Sample("dehaze", f"{i}_{k}", f"{i:04}.jpg", "x") for i in range(5) for k in "abcd"
-    ]
+    names = [(i, f"{i}_{k}") for i in range(5) for k in "abcd"]
+    hazes = [data.Sample("dehaze", name, f"{i:04}.jpg", "x") for i, name in names]
     rest, held_out = data.set_aside(hazes, 3)
     assert [s.name for s in held_out] == ["4_a"] and rest == hazes[:16]
     many = [s._replace(gt=f"{n}/{s.gt}") for n in range(3) for s in hazes]
@@ -535,7 +452,7 @@ def test_a_list_names_files_by_the_last_parts_of_their_paths(adair_root):
     def named(text):
         others, listed = data.split_listed(samples, listing(adair_root, text))
         assert sorted(others + listed) == sorted(samples)
-        return [(s.task, data.stem(s.gt)) for s in listed]
+        return [(s.task, Path(s.gt).stem) for s in listed]
 
     both = [("denoise15", "0"), ("denoise25", "0")]
     assert named("# one file, two tasks\n\nDenoise/0.jpg\n") == both == named("./0.jpg")
@@ -555,7 +472,3 @@ def test_a_list_names_files_by_the_last_parts_of_their_paths(adair_root):
     with pytest.raises(data.DataError, match="'0.jpg' may be any of 2 files"):
         named("0.jpg")
     assert named("more/0.jpg") == named("Denoise/more/0.jpg") == [("denoise15", "0")]
-
-
-def test_every_task_has_a_reward():
-    assert {*rewards.TASK_REWARDS} == {*data.TASKS}

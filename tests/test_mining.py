@@ -38,9 +38,8 @@ def test_evaluation_crops_to_multiples_of_16(tmp_path):
     rows = [metrics.evaluate_image(lambda x: seen.append(x.shape) or x, s)[0] for s in samples]
     assert set(seen) == {(3, 64, 80)} and [row["task"] for row in rows] == [s.task for s in samples]
     assert all(row["psnr"] == pytest.approx(row["psnr_in"], abs=1e-3) for row in rows)
-    image = torch.arange(19.0).expand(
-        3, 19, 19
-    )  # 3 too many: the original drops one on the left and two on the right
+    image = torch.arange(19.0).expand(3, 19, 19)
+    # 3 too many: the original drops one on the left and two on the right
     assert metrics.multiple_of_16(image)[0, 0].tolist() == list(range(1, 17))
 
 
@@ -48,9 +47,8 @@ def row(task, name, psnr):
     return dict(task=task, name=name, psnr=psnr)
 
 
-ROWS = [row("derain", f"r{i}", 30 + i) for i in range(10)] + [
-    row("lowlight", f"l{i}", 10 + i) for i in range(10)
-]
+ROWS = [row("derain", f"r{i}", 30 + i) for i in range(10)]
+ROWS += [row("lowlight", f"l{i}", 10 + i) for i in range(10)]
 
 
 def names_of(chosen):
@@ -111,14 +109,12 @@ def test_mining_gives_the_psnrs_of_a_loop_and_names_what_it_skips(tmp_path):
     samples, net = samples_of(tmp_path, 3), small_adair()
     cut_off(tmp_path / "2.png", 300)
     write(tmp_path / "small.png", width=24, height=24)
-    samples += [
-        s._replace(name="small.png", gt=str(tmp_path / "small.png"), box=()) for s in samples[:1]
-    ]
+    small = str(tmp_path / "small.png")
+    samples.append(samples[0]._replace(name="small.png", gt=small, box=()))
     found = mining.mine(lambda x: restore(net, x), samples, min_side=32)
     rows, problems = found
-    assert (
-        len(rows) == 2 * len(TASKS) and len(problems) == 2 and "2.png cannot be read" in problems[0]
-    )
+    assert len(rows) == 2 * len(TASKS) and len(problems) == 2
+    assert "2.png cannot be read" in problems[0]
     assert "small.png is 24×24 px, smaller than the crop of 32" in problems[1]
     for r, sample in zip(rows, samples):
         degraded, gt = load_pair(sample)
@@ -167,16 +163,14 @@ def test_a_run_that_goes_on_refuses_another_model_and_other_images(tmp_path):
     chosen = [i for i, r in enumerate(rows) if r["task"] == "derain"]
     mining.save_hard(tmp_path / "hard.json", "model", rows, chosen, hard)
     assert mining.load_hard(tmp_path / "hard.json", "model", samples) == hard
-    with pytest.raises(RunError, match="changed since"):
-        mining.load_hard(tmp_path / "hard.json", "another", samples)
-    with pytest.raises(RunError, match="changed since"):
-        mining.load_hard(tmp_path / "hard.json", "model", samples[8:])
+    for model, there in (("another", samples), ("model", samples[8:])):
+        with pytest.raises(RunError, match="changed since"):
+            mining.load_hard(tmp_path / "hard.json", model, there)
     write(tmp_path / "1.png", seed=99)
     with pytest.raises(RunError, match="changed since"):
         mining.load_hard(tmp_path / "hard.json", "model", samples)
 
 
 def test_mining_ends_when_it_is_asked_to(tmp_path):
-    with Stop() as stop:
-        with pytest.raises(Stopped, match="SIGTERM"):
-            mining.mine(lambda x: stop.notice(15, None) or x, samples_of(tmp_path, 2), stop=stop)
+    with Stop() as stop, pytest.raises(Stopped, match="SIGTERM"):
+        mining.mine(lambda x: stop.notice(15, None) or x, samples_of(tmp_path, 2), stop=stop)

@@ -1,5 +1,6 @@
 """Appendix B against scikit-image, scipy, plain NumPy, and cases whose answer is known."""
 
+import json
 import math
 import warnings
 
@@ -18,9 +19,8 @@ from data import TASKS
 def photo(size=96):
     """Two different crops of a photograph, (2, 3, size, size) in [0, 1]."""
     image = torch.from_numpy(astronaut().copy()).permute(2, 0, 1) / 255
-    return torch.stack(
-        (image[:, 50 : 50 + size, 180 : 180 + size], image[:, 300 : 300 + size, 200 : 200 + size])
-    )
+    corners = (50, 180), (300, 200)
+    return torch.stack([image[:, y : y + size, x : x + size] for y, x in corners])
 
 
 @pytest.fixture
@@ -38,25 +38,21 @@ def as_numpy(image):
 
 
 def test_psnr_against_scikit_image(pair):
-    expected = [
-        peak_signal_noise_ratio(as_numpy(g), as_numpy(y), data_range=1) for y, g in zip(*pair)
-    ]
-    assert np.allclose(rewards.r_psnr(*pair), (np.array(expected) - 10) / 40, atol=1e-5)
+    pairs = [(as_numpy(g), as_numpy(y)) for y, g in zip(*pair)]
+    expected = np.array([peak_signal_noise_ratio(*images, data_range=1) for images in pairs])
+    assert np.allclose(rewards.r_psnr(*pair), (expected - 10) / 40, atol=1e-5)
 
 
 def test_psnr_thresholds():
     gt = torch.zeros(3, 3, 16, 16)
     y = torch.tensor([0.0, 1.0, 10 ** (-30 / 20)])[:, None, None, None] * torch.ones_like(gt)
     assert torch.allclose(rewards.r_psnr(y, gt), torch.tensor([1.0, 0.0, 0.5]), atol=1e-5)
-    assert torch.allclose(
-        rewards.r_psnr(y[2:], gt[2:], lo=20, hi=40), torch.tensor([0.5]), atol=1e-5
-    )
+    assert rewards.r_psnr(y[2:], gt[2:], lo=20, hi=40).item() == pytest.approx(0.5, abs=1e-5)
 
 
 def test_ssim_against_scikit_image(pair):
-    settings = dict(
-        gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1
-    )
+    settings = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    settings |= dict(data_range=1, channel_axis=-1)
     expected = [structural_similarity(as_numpy(g), as_numpy(y), **settings) for y, g in zip(*pair)]
     assert np.allclose(rewards.ssim(*pair), expected, atol=1e-4)
     assert torch.allclose(rewards.r_ssim(pair[1], pair[1]), torch.ones(2), atol=1e-5)
@@ -90,21 +86,26 @@ def np_closeness(a, b):
     return min(a / (b + 1e-6), b / (a + 1e-6))
 
 
+def np_grad(y, g):
+    m_y, m_gt = np_magnitude(np_luma(y)), np_magnitude(np_luma(g))
+    return 1 - np.abs(m_y - m_gt).mean() / (m_gt.mean() + 1e-6)
+
+
+def np_sharp(y, g):
+    return np_closeness(np_magnitude(np_luma(y)).mean(), np_magnitude(np_luma(g)).mean())
+
+
+def np_color(y, g):
+    means = (as_numpy(z).mean(axis=(0, 1)) for z in (y, g))
+    return 1 - np.abs(np.subtract(*means)).sum() / 0.6
+
+
 NUMPY_TASK_REWARDS = {
-    "grad": lambda y, g: (
-        1
-        - np.abs(np_magnitude(np_luma(y)) - np_magnitude(np_luma(g))).mean()
-        / (np_magnitude(np_luma(g)).mean() + 1e-6)
-    ),
+    "grad": np_grad,
     "contrast": lambda y, g: np_closeness(np_luma(y).std(), np_luma(g).std()),
-    "sharp": lambda y, g: np_closeness(
-        np_magnitude(np_luma(y)).mean(), np_magnitude(np_luma(g)).mean()
-    ),
+    "sharp": np_sharp,
     "exposure": lambda y, g: 1 - abs(np_luma(y).mean() - np_luma(g).mean()) / 0.5,
-    "color": lambda y, g: (
-        1
-        - sum(abs(as_numpy(y)[..., c].mean() - as_numpy(g)[..., c].mean()) for c in range(3)) / 0.6
-    ),
+    "color": np_color,
 }
 
 
@@ -129,13 +130,10 @@ def test_sobel_of_a_ramp():
     """Slope 1 per pixel gives 8 inside (the kernel's weights: 4 · 2), 4 at the replicated border, 0
     across."""
     gx, gy = rewards.sobel(torch.arange(6.0).expand(1, 5, 6))
-    assert (
-        torch.equal(gx[0, 2], torch.tensor([4.0, 8.0, 8.0, 8.0, 8.0, 4.0]))
-        and torch.count_nonzero(gy) == 0
-    )
+    assert gx[0, 2].tolist() == [4, 8, 8, 8, 8, 4] and torch.count_nonzero(gy) == 0
 
 
-@pytest.mark.parametrize("name", ["grad", "contrast", "sharp", "exposure", "color"])
+@pytest.mark.parametrize("name", NUMPY_TASK_REWARDS)
 def test_identical_images_get_1(name):
     gt = photo()
     assert torch.allclose(getattr(rewards, f"r_{name}")(gt, gt), torch.ones(2), atol=1e-4)
@@ -188,14 +186,9 @@ def test_each_task_gets_its_own_reward(pair):
     }
     for task, value in expected.items():
         assert torch.equal(rewards.r_task(y, gt, task), value)
-    with pytest.raises(KeyError):
-        rewards.r_task(y, gt, "superresolution")
-
-
-def test_low_light_reaches_at_most_0_3():
-    assert torch.allclose(
-        rewards.r_task(photo(), photo(), "lowlight"), torch.full((2,), 0.3), atol=1e-6
-    )
+    best = rewards.r_task(gt, gt, "lowlight")
+    assert best.tolist() == pytest.approx([0.3, 0.3], abs=1e-6)  # as published
+    assert rewards.TASK_REWARDS.keys() == TASKS.keys()
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -274,7 +267,7 @@ def test_a_reward_of_the_users_is_a_general_term(tmp_path, no_plugs, pair):
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("return restored.mean()", r"gave \(\) for 2 images: .* of shape \(2,\)"),
+        ("return restored.mean()", r"gave \(\) for 2 images: it must be \(2,\)"),
         ("return 0.5", "gave float for 2 images"),
         ("return restored.mean(dim=(1, 2, 3)) + 2", r"not in \[0, 1\]"),
         ("return gt.mean(dim=(1, 2, 3)) / 0 * 0", r"not in \[0, 1\]"),
@@ -307,10 +300,6 @@ def test_a_row_added_to_the_table_is_a_term(no_plugs):
     row = rewards.Term(lambda s: s.y.mean(dim=(1, 2, 3)), "gen", 0.5, plug="by hand")
     rewards.TERMS["brightness"] = row
     assert effective("psnr,brightness=0.2") == pytest.approx(dict(psnr=0.5, brightness=0.5))
-
-
-def test_every_task_has_a_reward():
-    assert rewards.TASK_REWARDS.keys() == TASKS.keys()
 
 
 # --------------------------------------------------------------------------------- composite reward
@@ -368,26 +357,25 @@ def test_a_group_the_judge_could_not_score_is_rewarded_without_it():
 # ---------------------------------------------------------------------------- networks behind terms
 
 
+VISION = dict(layers=2, width=64, head_width=32, patch_size=16, image_size=64)
+TEXT = dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
+
+
 def tiny_clip():
     import open_clip
 
-    vision = dict(layers=2, width=64, head_width=32, patch_size=16, image_size=64)
-    text = dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
-    return open_clip.CLIP(768, vision, text, quick_gelu=True).eval()
+    return open_clip.CLIP(768, VISION, TEXT, quick_gelu=True).eval()
 
 
 def test_clip_and_aesthetic_share_one_normalised_embedding(pair):
     net, head = tiny_clip(), rewards.AestheticHead().eval()
-    net.visual.image_mean, net.visual.image_std = (
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    )
+    net.visual.image_mean = (0.48145466, 0.4578275, 0.40821073)
+    net.visual.image_std = (0.26862954, 0.26130258, 0.27577711)
     with torch.no_grad():
         e_y, e_gt = (rewards.clip_embedding(net, z) for z in pair)
         assert torch.allclose(e_y.norm(dim=1), torch.ones(2), atol=1e-5)
-        assert torch.allclose(
-            rewards.r_clip(e_y, e_gt), torch.cosine_similarity(e_y, e_gt).clamp(0, 1), atol=1e-6
-        )
+        cosine = torch.cosine_similarity(e_y, e_gt).clamp(0, 1)
+        assert torch.allclose(rewards.r_clip(e_y, e_gt), cosine, atol=1e-6)
         assert torch.allclose(rewards.r_aes(head, e_y), (head(e_y) / 10).clamp(0, 1))
 
 
@@ -410,9 +398,8 @@ def test_clip_sees_what_its_own_preprocessing_shows(pair):
     wide = torch.cat((image, image.flip(3)), dim=3)
     rewards.clip_embedding(Eye(), wide)
     pil = Image.fromarray((wide[0].permute(1, 2, 0) * 255).round().byte().numpy())
-    expected = image_transform(
-        64, is_train=False, mean=Eye.visual.image_mean, std=Eye.visual.image_std
-    )(pil)
+    colours = dict(mean=Eye.visual.image_mean, std=Eye.visual.image_std)
+    expected = image_transform(64, is_train=False, **colours)(pil)
     assert (seen[0][0] - expected).abs().max() < 0.05  # bicubic in 8 bits there, in floats here
 
 
@@ -437,22 +424,11 @@ def weights_dir(tmp_path):
 
     torch.save(torchvision.models.alexnet().state_dict(), tmp_path / rewards.NETS["lpips"].file)
     torch.save(rewards.AestheticHead().state_dict(), tmp_path / rewards.NETS["aes"].file)
-    open_clip.add_model_config(write_tiny_config(tmp_path))
+    config = dict(embed_dim=768, quick_gelu=True, vision_cfg=VISION, text_cfg=TEXT)
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny.json")
     save_file(tiny_clip().state_dict(), tmp_path / rewards.NETS["clip"].file)
     return tmp_path
-
-
-def write_tiny_config(folder):
-    import json
-
-    config = dict(
-        embed_dim=768,
-        quick_gelu=True,
-        vision_cfg=dict(layers=2, width=64, head_width=32, patch_size=16, image_size=64),
-        text_cfg=dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1),
-    )
-    (folder / "tiny.json").write_text(json.dumps(config))
-    return folder / "tiny.json"
 
 
 def test_the_loaders_on_the_real_classes(weights_dir, pair):
@@ -494,10 +470,8 @@ def test_missing_weights_name_the_file_its_source_and_the_flag(tmp_path, monkeyp
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(rewards.RewardError) as error:
         rewards.Reward(rewards.parse_terms("lpips,psnr"), weights_dir=tmp_path)
-    assert all(
-        part in str(error.value)
-        for part in ("alexnet-owt-7be5be79.pth", "https://", "--weights-dir", "--rewards", "lpips")
-    )
+    for part in ("alexnet-owt-7be5be79.pth", "https://", "--weights-dir", "--rewards", "lpips"):
+        assert part in str(error.value)
 
 
 def test_a_wrong_weights_file_is_named(tmp_path):
