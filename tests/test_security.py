@@ -147,8 +147,8 @@ def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, si
             read(tmp_path / "bomb.png")
     url = "data:image/png;base64," + base64.b64encode(png_header(*size)).decode()
     line = json.dumps(dict(id=1, gt=url, degraded=url, restored=url)).encode()
-    judge = object.__new__(judges.LocalJudge)  # reading needs no model
-    assert "does not hold an image" in judges.score_lines(judge, [(1, line)])[0]["error"]
+    # reading needs no model
+    assert "does not hold an image" in judges.score_lines(None, [(1, line)])[0]["error"]
 
 
 def test_no_image_is_a_program(tmp_path):
