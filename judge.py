@@ -284,8 +284,7 @@ class LocalJudge:
             ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask
         )
         images = inputs["pixel_values"].split(grid.prod(dim=1).tolist())
-        # n: where the last image begins
-        n = (ids[0] == net.config.vision_start_token_id).nonzero()[-1].item()
+        n = (ids[0] == net.config.vision_start_token_id).nonzero()[-1].item()  # the last image
         past = net(
             input_ids=ids[:1, :n],
             position_ids=places[:, :1, :n],
@@ -540,8 +539,8 @@ class Judge:
         except JudgeError as error:
             self.problem = error
             self.close()  # the next batch starts it again
-        scores = torch.tensor([self.score_in(replies.get(i, {})) for i in self.ids])
-        scores = scores.view(self.shape)
+        scores = [self.score_in(replies.get(i, {})) for i in self.ids]
+        scores = torch.tensor(scores).view(self.shape)
         self.metrics = {
             "judge/wait": self.waited + time.perf_counter() - begun,
             "judge/failures": int(scores.isnan().sum()),
@@ -561,8 +560,7 @@ class Judge:
         score = reply.get("score")
         if type(score) in (int, float) and 1 <= score <= 5:
             return float(score)
-        said = f"it replied {json.dumps(reply)[:100]}"
-        self.problem = self.problem or reply.get("error") or said
+        self.problem = self.problem or reply.get("error") or f"it replied {str(reply)[:100]}"
         return math.nan
 
     def wait(self, future, seconds):

@@ -90,28 +90,19 @@ def test_expectation_over_five_logits():
     "text, score",
     [
         ("<Assessment>\n<Analysis>fine</Analysis>\n<Score>4</Score>\n</Assessment>", 4),
-        ("<Score>1</Score>", 1),
         ("<Score>\n 5 \n</Score>", 5),
         ("The score is 4.", None),
-        ("", None),
-        ("<Score></Score>", None),
-        ("<Score>X</Score>", None),
         ("<Score>0</Score>", None),
-        ("<Score>6</Score>", None),
         ("<Score>45</Score>", None),
         ("<Score>-4</Score>", None),
         ("<Score>4.5</Score>", None),
         ("<Score>4/5</Score>", None),
         ("<Score>4</Score> or rather <Score>5</Score>", None),
-        ("<Score>4</Score><Score>4</Score>", None),
-        ("<Score><Score>4</Score>", None),
         ("<Score>4</Score></Score>", None),
-        ("<Assessment><Analysis>good, <Score>4", None),
         ("<Score>4</Sco", None),
         ("<score>4</score>", None),
         ("<Score>４</Score>", None),  # full width
         ("<Score>٤</Score>", None),  # Arabic
-        ("<Score>四</Score>", None),
         ("<Score>\u00a04</Score>", None),  # no-break space
         ("<Degradation>Nebel, dünn 薄雾</Degradation><Score>2</Score>", 2),
     ],
@@ -169,13 +160,10 @@ def test_score_from_a_servers_logprobs():
 def test_the_prompt_asks_what_the_paper_asks(tmp_path):
     parts = judges.prompt_parts(None, "generate")
     assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
-    labels = zip(("Ground truth", "Degraded", "Restored"), parts[::2])
-    assert [label in part for label, part in labels] == [True] * 3
-    text = "".join(parts[::2])
-    words = "noise rain haze blur light contrast exposure artifacts <Score>X</Score>"
-    assert all(word in text for word in words.split())
-    assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
-    assert "alone" in "".join(judges.prompt_parts(None, "logits"))
+    for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2]):
+        assert label in part
+    words = "noise rain haze blur light contrast exposure artifacts 1: 5: <Score>X</Score>"
+    assert all(word in "".join(parts[::2]) for word in words.split())
     (tmp_path / "prompt.txt").write_text("compare <gt> with <restored>")
     with pytest.raises(judges.JudgeError, match="prompt.txt must hold each of <gt>, <degraded>"):
         judges.prompt_parts(tmp_path / "prompt.txt", "logits")
@@ -193,15 +181,12 @@ def plain_score(judge, request):
 
 def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
     """A group, with a repeated image, among requests that are alone."""
-    judge = local(seeing)
+    judge, sizes = local(seeing), []
     a, b = group_of(0, (1, 2)), group_of(2, (5, 0, 5))
     requests = [a[0], *b, a[1], trio(1, 30, 200), trio(3)]
-    sizes, read_group = [], judge.read_group
-    monkeypatch.setattr(
-        judge,
-        "read_group",
-        lambda inputs: sizes.append(len(inputs["input_ids"])) or read_group(inputs),
-    )
+    read = judge.read_group
+    note = lambda inputs: sizes.append(len(inputs["input_ids"])) or read(inputs)  # noqa: E731
+    monkeypatch.setattr(judge, "read_group", note)
     scores = [reply["score"] for reply in judge.score(requests)]
     assert sizes == [2, 3, 1, 1]
     wanted = [plain_score(judge, request) for request in requests]
@@ -357,20 +342,14 @@ def test_batches_end_at_empty_lines():
 
 
 @pytest.mark.parametrize(
-    "image, words",
-    [
-        (5, " is no JSON object of id, gt, degraded and restored"),
-        (["a.png"], " is no JSON object of id, gt, degraded and restored"),
-        ("data:image/png;base64,AAAA", ": the data URL data:image/png;base64,AAAA… does not hold"),
-        ("data:image/png;base64,%%", ": the data URL data:image/png;base64,%%… does not hold"),
-        ("data:text/plain,hello", ": the data URL data:text/plain,hello… does not hold"),
-    ],
+    "image", [5, ["a.png"], "data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:,hello"]
 )
-def test_what_is_no_image_is_an_error_of_its_line(image, words):
+def test_what_is_no_image_is_an_error_of_its_line(image):
     line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image))
     (reply,) = judges.score_lines(None, [(2, line)])  # reading needs no model
-    assert reply["id"] == "a" and reply["score"] is None
-    assert reply["error"].startswith(f"line 2{words}")
+    words = f"line 2: the data URL {image}… does not hold an image in base64"
+    words = words if isinstance(image, str) else "line 2 is no JSON object of id, gt, degraded"
+    assert (reply["id"], reply["score"]) == ("a", None) and reply["error"].startswith(words)
 
 
 # ---------------------------------------------------------- the trainer's side, with real processes
@@ -446,7 +425,6 @@ def fake(tmp_path, *replies):
             2,
         ),
         ([dict(id="#", score=99)], None),
-        ([dict(id="#", score=0)], None),
         ([dict(id="#", score=True)], None),
         ([dict(id="#", score="4")], None),
         ([dict(id="#", score=math.nan)], None),
@@ -553,13 +531,12 @@ loading.launch()
 
 def children(pid):
     """Process ids of the judges a process started."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(pid), "-f", "judge.py"], capture_output=True, text=True
-    )
+    words = ["pgrep", "-P", str(pid), "-f", "judge.py"]
+    found = subprocess.run(words, capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a judge ends when its input does")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_no_judge_outlives_its_trainer(tiny, tmp_path):
     """SIGKILL leaves the trainer no time for anything; its judges end all the same, one that is
     stopped and one that has just been started."""
@@ -590,11 +567,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer == "close":
             self.connection.close()
         elif answer == "slow":
-            self.server.over.wait()
-        elif answer == "stall":  # an error whose body never comes
-            self.send_response(503)
-            self.send_header("Content-Length", "50")
-            self.end_headers()
             self.server.over.wait()
         elif answer == "drip":
             self.send_response(200)
@@ -693,11 +665,9 @@ def test_a_server_without_logprobs_and_one_that_writes(server, monkeypatch):
     "first, words",
     [
         (429, "429"),
-        (500, "500"),
         ("close", "failed: "),
         ("malformed", "no chat completion"),
         (dict(choices=[]), "no chat completion"),
-        ([1], "no chat completion"),
         (completion("four, I should say"), "no single <Score>"),
         (completion(None), "no chat completion"),
         (completion("", [dict(token="<Score>4</Score>", logprob=10**400)]), "no "),
@@ -726,7 +696,7 @@ def test_a_server_that_refuses(server):
     assert asked == [True, False]  # perhaps it was these it would not give
 
 
-@pytest.mark.parametrize("how", ["slow", "stall", "drip"])
+@pytest.mark.parametrize("how", ["slow", "drip"])
 def test_a_server_that_is_slow(server, how):
     """It would go on until the test is over; nothing is left to read it."""
     server.behave = lambda n: how
@@ -746,27 +716,22 @@ def test_a_real_server(tiny, tmp_path):
     """transformers' own, with the tiny judge: it gives no log-probabilities, so that X counts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     program = os.path.join(os.path.dirname(sys.executable), "transformers")
-    command = [program, "serve", str(tiny), "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [program, "serve", str(tiny), "--port", url[17:-3], "--device", "cpu"]
     with open(tmp_path / "log", "wb") as log:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{url}/models", timeout=5).close() or True
+
     try:
-        while process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        judge = judges.ServerJudge(
-            judges.Config(str(tiny), f"http://127.0.0.1:{port}/v1", timeout=60)
-        )
-        replies = judge.score([trio(0), trio(1)])
-        assert [reply["score"] for reply in replies] == [4, 4], (
-            replies,
-            (tmp_path / "log").read_text()[-2000:],
-        )
+        until(lambda: process.poll() is not None or answers())
+        judge = judges.ServerJudge(judges.Config(str(tiny), url))
+        scores = [reply["score"] for reply in judge.score([trio(0), trio(1)])]
+        assert scores == [4, 4], (tmp_path / "log").read_text()[-2000:]
     finally:
         process.kill()
 
@@ -784,28 +749,10 @@ def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tmp_path
     assert "'cuda:63' is no device of this machine" in said
 
 
-def test_a_judge_too_large_for_the_memory_is_named(tiny, tmp_path):
-    """By a real allocation that fails: an embedding of 77 GB in 8 GB of address space."""
-    folder = shutil.copytree(tiny, tmp_path / "judge")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["vocab_size"] = 400_000_000
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    limit = ["bash", "-c", 'ulimit -v 8000000; exec "$@"', "-"]
-    judge = judges.Judge(limit + command("--model", folder), tmp_path / "log")
-    with pytest.raises(judges.JudgeError, match="on cpu: RuntimeError.*can't allocate memory"):
-        judge.launch()
-
-
 def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
     """The real program beside the real trainer, killed in the middle."""
-    run = tmp_path / "run"
-    process = start(
-        [ROOT / "train.py"]
-        + small("run", "--judge", seeing, "--judge-timeout", 300, f"--judge-args={' '.join(SMALL)}")
-    )
+    run, given = tmp_path / "run", ["--judge-timeout", 300, f"--judge-args={' '.join(SMALL)}"]
+    process = start([ROOT / "train.py", *small("run", "--judge", seeing, *given)])
     try:
         until(lambda: process.poll() is not None or len(logged(run)) >= 2)
         (pid,) = children(process.pid)
@@ -815,24 +762,19 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
         process.kill()
     rows = logged(run)
     assert len(rows) == 10 and rows[0]["judge/starts"] == 1 and rows[-1]["judge/starts"] == 2
-    scored = [row for row in rows if row["judge/failures"] == 0]
-    assert len(scored) >= 8 and all(
-        row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05) for row in scored
-    )
-    assert all(row["judge/wait"] >= 0 for row in rows)
+    failures = [row["judge/failures"] for row in rows]
+    assert set(failures) <= {0, 4} and failures.count(0) >= 8
     for row in rows:
         if row["judge/failures"]:
-            assert row["judge/failures"] == 4 and "rewards/qwen/mean" not in row
-    unscored = sum(row["judge/failures"] for row in rows)
-    assert (
-        f"The judge left {unscored:.0f} rollouts without a score."
-        in (run / "report.md").read_text()
-    )
+            assert "rewards/qwen/mean" not in row
+        else:
+            assert row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05)
+    said = f"The judge left {sum(failures):.0f} rollouts without a score."
+    assert said in (run / "report.md").read_text()
     terms = {row["term"]: row for row in json.loads((run / "rewards.json").read_text())}
     assert terms["qwen"]["weight"] == pytest.approx(0.1) and str(seeing) in terms["qwen"]["state"]
-    assert not subprocess.run(
-        ["pgrep", "-f", str(seeing)], capture_output=True, text=True
-    ).stdout  # none is left
+    left = subprocess.run(["pgrep", "-f", str(seeing)], capture_output=True, text=True)
+    assert not left.stdout
 
 
 def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):
@@ -857,28 +799,22 @@ def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server,
 def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
     """One batch for the whole step, sent before the other rewards are computed and awaited after
     them."""
-    events = []
+    events, judge = [], fake(tmp_path, dict(id="#", score=3))
 
-    def noted(name, function):
-        return lambda *args, **rest: events.append(name) or function(*args, **rest)
+    def note(place, name):
+        function = getattr(place, name)
+        noted = lambda *given, **rest: events.append(name) or function(*given, **rest)  # noqa: E731
+        monkeypatch.setattr(place, name, noted)
 
     for name in ("r_psnr", "r_ssim", "r_task", "r_qwen"):
-        monkeypatch.setattr(rewards, name, noted(name, getattr(rewards, name)))
-    judge = fake(tmp_path, dict(id="#", score=3))
-    judge.result = noted("result", judge.result)
-    ask = judge.ask
-
-    def asked(*images):
-        events.append(("ask", *(tuple(i.shape[:-3]) for i in images)))
-        return ask(*images)
-
-    judge.ask = asked
+        note(rewards, name)
+    note(judge, "ask")
+    note(judge, "result")
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))
     restored, (degraded, gt) = torch.rand(2, 3, 3, 32, 32), torch.rand(2, 2, 3, 32, 32)
     with contextlib.closing(judge):
         _, terms = reward(restored, degraded, gt, ["dehaze", "deblur"], judge)
-    first = ("ask", (2,), (2, 3), (2,))
-    assert events == [first, "r_psnr", "r_ssim", "r_task", "r_task", "result", "r_qwen"]
+    assert events == ["ask", "r_psnr", "r_ssim", "r_task", "r_task", "result", "r_qwen"]
     assert terms["qwen"].tolist() == [[0.5] * 3] * 2
 
 

@@ -225,7 +225,7 @@ def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
     [
         (dict(data_root="data"), "is no run of the demo model"),
         (dict(tasks=["dehaze"]), "is no run of the demo model"),
-        (dict(), "has no last.pt"),
+        (dict(), "there is no checkpoint"),
         (None, "name folders of arms"),
     ],
 )
