@@ -18,18 +18,9 @@ from tqdm import tqdm
 
 import report
 import runs
-from data import (
-    IMAGE_TYPES,
-    TASKS,
-    DataError,
-    images_in,
-    list_adair_test,
-    names_digest,
-    read_image,
-    split_usable,
-)
+from data import TASKS, DataError, images_in, list_adair_test, read_image, split_usable
 from metrics import evaluate_image, evaluation_pair, psnr
-from model import CheckpointError, load_adair, read_checkpoint, restore
+from model import CheckpointError, load_adair, load_restorer, read_checkpoint, restore
 from policy import PolicyError, load_policy
 from rewards import NETS, RewardError, load_net, weight_path
 
@@ -93,18 +84,18 @@ class Restore:
 
 
 def load(path, device):
-    """(restore, init): the deterministic restorer of a run folder or a checkpoint file, official or
-    ours, and the path of the model a run started from, None if that is unknown."""
+    """(restore, init): the deterministic restorer of a run folder or a checkpoint file, ours or any
+    that `model.load_restorer` reads, and the path of the model a run started from, None if that is
+    unknown."""
     path = Path(path)
     file = path / "last.pt" if path.is_dir() else path
-    config = file.parent / "config.json"
-    if path.is_dir() and not file.exists():
-        raise CheckpointError(f"{path} is no run folder: it has no last.pt")
-    checkpoint = read_checkpoint(file)
-    net = load_adair(file, checkpoint=checkpoint).to(device, memory_format=torch.channels_last)
+    config, checkpoint = file.parent / "config.json", read_checkpoint(file)
     policy = load_policy(checkpoint)
+    net = load_adair(file, checkpoint=checkpoint) if policy else load_restorer(file)
+    net = net.to(device, memory_format=torch.channels_last)
     controller = policy.to(device).mean() if policy else None
-    init = runs.load_json(config)["init"] if policy and config.exists() else None
+    is_run = isinstance(checkpoint, dict) and "step" in checkpoint and config.exists()
+    init = runs.load_json(config)["init"] if is_run else None
     return partial(restore, net, controller=controller), init
 
 
@@ -116,8 +107,7 @@ def lpips_of(weights_dir, device):
     there, else None."""
     path = weight_path("lpips", weights_dir)
     if not path.is_file():
-        source = f"{NETS['lpips'].base}{path.name}"
-        runs.say(f"LPIPS is not measured: {path} is not there (from {source})")
+        runs.say(f"LPIPS is not measured: {path} is not there ({NETS['lpips'].base}{path.name})")
         return None
     net = load_net("lpips", path).to(device)
 
@@ -131,8 +121,7 @@ def lpips_of(weights_dir, device):
 
 def evaluate_set(restorer, samples, desc, lpips=None, folder=None):
     """AdaIR's protocol over a test set, shared by the processes: a row {task, name, psnr_in, psnr,
-    ssim} for each sample, with lpips where it is a function (restored, gt) -> number. Restored
-    images are written into `folder`, if there is one, as PNG."""
+    ssim} for each sample, with lpips if it is given; restored images go into `folder`, if given."""
     base = os.path.commonpath([os.path.dirname(sample.name) for sample in samples])
 
     def measure(sample):
@@ -173,8 +162,7 @@ def table(title, images, columns):
     columns {set: heading}, and their average. images: as for `tables`."""
     keys = [key for key in METRICS if key in images]
     means = images.groupby(["method", "set"])[keys].mean()
-    methods = images["method"].unique()
-    values = {method: means.loc[method].loc[[*columns]].to_numpy() for method in methods}
+    values = {m: means.loc[m].loc[[*columns]].to_numpy() for m in images["method"].unique()}
     if len(values) == 2:
         before, after = values.values()
         values["gain"] = after - before
@@ -229,30 +217,25 @@ def benchmark(config):
             found = evaluate_set(restorer, samples, f"{name}, {method}", lpips, folder)
             rows += [dict(set=name, method=method) | row for row in found]
             means = [report.mean(found, key) for key in METRICS if key in found[0]]
-            degraded = f"input {report.mean(found, 'psnr_in'):.2f}"
-            runs.say(f"{name}: {len(found)} images, {degraded}, {method} {cell(means)}")
+            runs.say(f"{name}: {len(found)} images, {method} {cell(means)}")
     if runs.rank():
         return
 
     images = pd.DataFrame(rows).rename(columns=dict(name="image", psnr_in="psnr_input"))
-    sets_and_methods = images.groupby(["set", "method"], sort=False)
-    means = sets_and_methods.mean(numeric_only=True)
-    means.insert(0, "images", sets_and_methods.size())
+    grouped = images.groupby(["set", "method"], sort=False)
+    means = grouped.mean(numeric_only=True)
+    means.insert(0, "images", grouped.size())
     text = tables(images)
     if config.limit:
         text += f"\nOnly the first {config.limit} images of each set (--limit).\n"
-    files = {
-        "eval.md": text,
-        "eval.csv": means.to_csv(float_format="%.6f"),
-        "eval-images.csv": images.to_csv(index=False, float_format="%.6f"),
-    }
-    figures = [comparison(name, samples[0], restorers) for name, samples in sets.items()]
+    pictures = [comparison(name, samples[0], restorers) for name, samples in sets.items()]
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        runs.write_atomic(out / name, content.encode())
-    runs.write_atomic(out / "eval.png", report.plot_samples(figures))
-    pictures = ", images/" if config.save_images else ""
-    print(f"\n{text}\nwritten to {out}: {', '.join(files)}, eval.png{pictures}")
+    runs.write_atomic(out / "eval.md", text.encode())
+    runs.write_atomic(out / "eval.csv", means.to_csv(float_format="%.6f").encode())
+    each = images.to_csv(index=False, float_format="%.6f")
+    runs.write_atomic(out / "eval-images.csv", each.encode())
+    runs.write_atomic(out / "eval.png", report.plot_samples(pictures))
+    print(f"\n{text}\nwritten to {out}: eval.md, eval.csv, eval-images.csv, eval.png")
 
 
 def find_sets(config):
@@ -261,7 +244,8 @@ def find_sets(config):
         raise DataError(f"there is no folder {config.data_root}")
     sets = list_adair_test(config.data_root, config.sets)
     sets = {name: samples[: config.limit or None] for name, samples in sets.items()}
-    runs.same_everywhere("list of images", [names_digest(samples) for samples in sets.values()])
+    names = [[name, *(sample.name for sample in sets[name])] for name in sets]
+    runs.same_everywhere("list of images", names)
     for name, samples in sets.items():
         _, problems = split_usable(samples, SMALLEST, decode=False)
         if problems:
@@ -270,54 +254,33 @@ def find_sets(config):
 
 
 def restore_photos(config):
-    """Restores photos; names those that cannot be read, at the end, as an error."""
+    """Restores photos. Raises DataError if some could not be read, after the others."""
     runs.check_tile(config.tile)
     runs.check_device(config.device)
     restorer, _ = load(config.ckpt, config.device)
-    source = Path(config.photo)
-    if not source.exists():
-        raise DataError(f"there is no photo or folder {source}")
+    source, targets, broken = Path(config.photo), {}, 0
     photos = images_in(source) if source.is_dir() else [source]
     if not photos:
-        raise DataError(f"{source} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
-    base = source if source.is_dir() else source.parent
-    targets = target_files(photos, base, Path(config.out), config.overwrite)
-
-    broken = []
+        raise DataError(f"{source} holds no image")
+    for photo in photos:
+        name = os.path.relpath(photo, source if source.is_dir() else source.parent)
+        target = (Path(config.out) / name).with_suffix(".png")
+        if target in targets or (target.exists() and not config.overwrite):
+            raise DataError(f"{photo} would replace {target}: rename one, or give --overwrite")
+        targets[target] = photo
     for target, photo in tqdm(targets.items(), desc="restore", unit="photo"):
         try:
             image = read_image(photo)
-            if min(image.shape[1:]) < SMALLEST:
-                raise DataError(f"{photo} has a side of less than {SMALLEST} px")
-        except DataError as error:
-            broken.append(str(error))
-            continue
-        tile = config.tile
-        if tile is None:
-            tile = 512 if image[0].numel() > WHOLE_PIXELS else 0
-        save_png(target, restorer(image, tile=tile or None, progress=True))
-    for problem in broken:
-        tqdm.write(f"not restored: {problem}")
+            tile = config.tile
+            if tile is None:
+                tile = 512 if image[0].numel() > WHOLE_PIXELS else 0
+            save_png(target, restorer(image, tile=tile or None, progress=True))
+        except ValueError as error:  # of reading, or of an image of less than 8 px a side
+            tqdm.write(f"{photo} is not restored: {error}")
+            broken += 1
     if broken:
-        raise DataError(
-            f"{len(broken)} of {len(photos)} photo(s) could not be restored; "
-            f"the others are in {config.out}"
-        )
+        raise DataError(f"{broken} of {len(photos)} photo(s) could not be restored, see above")
     print(f"restored {len(photos)} photo(s) into {config.out}")
-
-
-def target_files(photos, base, out, overwrite):
-    """{file to write: photo}. Raises DataError where two photos, or a file that is there, are in
-    the way."""
-    targets = {}
-    for photo in photos:
-        target = (out / Path(photo).relative_to(base)).with_suffix(".png")
-        if target in targets:
-            raise DataError(f"{photo} and {targets[target]} would both become {target}: rename one")
-        if target.exists() and not overwrite:
-            raise DataError(f"{target} exists: give --overwrite, or another --out")
-        targets[target] = photo
-    return targets
 
 
 def run_program(argv):

@@ -7,8 +7,8 @@ A request is one line of JSON, an image a path or a data URL (data:image/png;bas
 one line, too:
 
     {"id": 7, "gt": "a.png", "degraded": "b.png", "restored": "c.png"}
-    {"id": 7, "score": 3.62, "p": [0.01, 0.1, 0.3, 0.44, 0.15]}      --mode logits: p of 1 … 5
-    {"id": 7, "score": 4, "text": "<Assessment>…"}                   --mode generate
+    {"id": 7, "score": 3.62}                             --mode logits
+    {"id": 7, "score": 4, "text": "<Assessment>…"}       --mode generate
     {"id": 7, "score": null, "error": "why there is none"}
 
 Requests are scored in batches of --batch-size; an empty line ends a batch early. It exits with 1 if
@@ -29,16 +29,15 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
 from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import Field
 
 import runs
 from data import DataError, read_image
@@ -85,9 +84,6 @@ PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", er
 START_TIMEOUT = 1800.0  # s; a first start downloads 16 GB
 
 
-Pixels = Annotated[int, Field(ge=784)]  # of an image: 784 are one token
-
-
 class JudgeError(RuntimeError):
     """The judge cannot be had, or could not score; its text says why and what to do."""
 
@@ -110,30 +106,16 @@ class Config:
     """cpu, cuda, cuda:1, …"""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """of the weights; without it, bf16 on a GPU and fp32 on a CPU"""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """as transformers names them"""
     batch_size: runs.Positive = 16
     """requests scored at once"""
-    min_pixels: Pixels = 256 * 28 * 28
+    min_pixels: runs.Positive = 256 * 28 * 28
     """smaller images are enlarged to this many pixels; 784 pixels are one token"""
-    max_pixels: Pixels = 1280 * 28 * 28
+    max_pixels: runs.Positive = 1280 * 28 * 28
     """larger images are reduced to this many pixels"""
     max_new_tokens: runs.Positive = 512
     """longest written answer"""
     parent: int | None = None
     """process id of the trainer that starts it, which it tells when it is ready and ends with"""
-
-
-def check(config):
-    """Raises RunError for a flag that cannot work."""
-    runs.check_file("--prompt", config.prompt)
-    runs.check_device(config.device)
-    if config.min_pixels > config.max_pixels:
-        raise runs.RunError("--min-pixels is above --max-pixels")
-    if config.server and not runs.is_url(config.server):
-        raise runs.RunError(
-            f"--server {config.server} is no address: it begins with http:// or https://"
-        )
 
 
 # ------------------------------------------------------------------------ from an answer to a score
@@ -159,45 +141,36 @@ def parse_score(text):
 
 
 def score_from_logprobs(tokens):
-    """The expectation at the score's place in an OpenAI-style list of tokens with top_logprobs;
-    None without a valid score, or where it is no token of its own."""
-    found, place = find_score("".join(t["token"] for t in tokens)), 0
+    """The expectation at the score's place in a server's list of tokens with top_logprobs; None
+    without a valid score, or where it is no token of its own."""
+    found = find_score("".join(t.token for t in tokens))
+    place = found.start(1) if found else -1
     for t in tokens:
-        if found and place == found.start(1) and t["token"] == found[1]:
-            likely = {top["token"]: top["logprob"] for top in [t, *(t.get("top_logprobs") or [])]}
+        if place == 0 and len(t.token) == 1:
+            likely = {top.token: top.logprob for top in [t, *(t.top_logprobs or [])]}
             logits = torch.tensor([likely.get(digit, -math.inf) for digit in DIGITS])
             return expected_score(logits).item()
-        place += len(t["token"])
+        place -= len(t.token)
     return None
 
 
 def score_tokens(tokenizer, chat):
     """The five tokens of 1 … 5 after `chat` and BEGIN. Raises JudgeError for a tokenizer in which
     they are not tokens of their own."""
-    before = tokenizer.encode(chat + BEGIN)
-    answers = [tokenizer.encode(f"{chat}{BEGIN}{digit}</Score>") for digit in DIGITS]
-    tokens = [ids[len(before)] for ids in answers]
-    same = all(ids[: len(before)] == before for ids in answers)
-    if not same or [tokenizer.decode([token]) for token in tokens] != list(DIGITS):
-        raise JudgeError(
-            "the model's tokenizer has no tokens of their own for 1 to 5: use --mode generate"
-        )
+    n = len(tokenizer.encode(chat + BEGIN))
+    tokens = [tokenizer.encode(f"{chat}{BEGIN}{digit}</Score>")[n] for digit in DIGITS]
+    if tokenizer.decode(tokens) != DIGITS:
+        raise JudgeError("the model has no tokens of their own for 1 to 5: use --mode generate")
     return tokens
 
 
 def prompt_parts(path, mode):
     """The prompt in the file --prompt names, or the built-in one, as a list of texts and, between
     them, image names ("gt", "degraded", "restored"). Raises JudgeError."""
-    try:
-        prompt = Path(path).read_text(encoding="utf-8") if path else PROMPT
-    except (OSError, UnicodeDecodeError) as error:
-        raise JudgeError(f"the judge's prompt {path} cannot be read ({error})") from None
+    prompt = Path(path).read_text(encoding="utf-8") if path else PROMPT
     parts = re.split("<(gt|degraded|restored)>", prompt.replace("<format>", FORMAT[mode]))
     if sorted(parts[1::2]) != sorted(IMAGES):
-        raise JudgeError(
-            f"the judge's prompt {path} must hold each of <gt>, <degraded> and <restored> once: "
-            "there the images stand"
-        )
+        raise JudgeError(f"{path} must hold each of <gt>, <degraded> and <restored> once")
     return parts
 
 
@@ -207,56 +180,46 @@ def reason(error):
     return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
 
 
-def is_out_of_memory(error):
-    words = ("MemoryError", "out of memory", "can't allocate memory")
-    return any(w in reason(error) for w in words)
-
-
 # -------------------------------------------------------------------------------- the model itself
 
 
 def load(config):
     """(model, processor) of a local folder or hub name. Raises JudgeError."""
     import transformers  # late: it takes seconds
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
 
-    name, hub, is_local = config.model, "", Path(config.model).is_dir()
-    if not is_local:
-        try:
-            HfApi().model_info(name, timeout=5)  # transformers itself would retry for minutes
-        except Exception as error:  # no network, no such model, no valid name, …
-            hub, is_local = f" from this machine, nor from the hub ({reason(error)})", True
+    folder, hub = config.model, ""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype]
     try:
-        processor = transformers.AutoProcessor.from_pretrained(
-            name, local_files_only=is_local, padding_side="left"
-        )
+        if not Path(folder).is_dir():
+            try:
+                HfApi().model_info(folder, timeout=5)  # a download would ask for minutes
+            except Exception as error:  # no network, no such model: perhaps it is on this machine
+                hub = f" (the hub: {reason(error)})"
+            folder = snapshot_download(folder, ignore_patterns="*.bin", local_files_only=bool(hub))
+        processor = transformers.AutoProcessor.from_pretrained(folder, padding_side="left")
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            name,
-            local_files_only=is_local,
+            folder,
             dtype=dtype,
-            attn_implementation=config.attention,
             use_safetensors=True,  # the other format is pickle
             output_loading_info=True,
         )
         model.to(config.device)
     except Exception as error:
         raise JudgeError(
-            f"the judge's model {name} cannot be loaded on {config.device}{hub}: {reason(error)}"
+            f"the judge's model {config.model} cannot be loaded on {config.device}: "
+            f"{reason(error)}{hub}"
         ) from None
     missing = [*info["missing_keys"], *info["mismatched_keys"]]
     if missing:  # transformers would fill them with random numbers
-        raise JudgeError(
-            f"the judge's model {name} is not complete: {len(missing)} tensors are missing or of "
-            f"another shape, as {missing[0]}"
-        )
+        raise JudgeError(f"{config.model} lacks {len(missing)} tensors, as {missing[0]}")
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     processor.image_processor.size = size
     return model.eval().requires_grad_(False), processor
 
 
 class LocalJudge:
-    """Qwen2.5-VL with its prompt: scores lists of requests, {name: image source}."""
+    """Qwen2.5-VL with its prompt: scores lists of requests {name: uint8 image (3, H, W)}."""
 
     def __init__(self, config):
         self.config = config
@@ -271,79 +234,55 @@ class LocalJudge:
         if config.mode == "logits":
             self.tokens = score_tokens(self.processor.tokenizer, self.chat)
 
-    def read(self, source):
-        """An image source as uint8 (3, H, W). Raises DataError."""
-        image = (read_source(source) * 255).round().byte()
-        height, width = image.shape[1:]
-        if max(height, width) > 200 * min(height, width):
-            raise DataError(f"an image of {width}×{height} px is too narrow for the model")
-        return image
+    @torch.inference_mode()
+    def score(self, requests):
+        """Replies without their id, one per request."""
+        return self.expect(requests) if self.config.mode == "logits" else self.assess(requests)
 
     def inputs(self, requests, text):
-        """The model's inputs for requests {name: image} that are answered after `text`."""
+        """The model's inputs for requests that are answered after `text`."""
         images = [[request[name] for name in self.names] for request in requests]
         texts = [text] * len(requests)
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         return inputs.to(self.config.device)
 
-    @torch.inference_mode()
-    def score(self, requests):
-        """Replies without their id, one per request {name: image}."""
-        return self.expect(requests) if self.config.mode == "logits" else self.assess(requests)
-
     def assess(self, requests):
         """Replies of mode generate. An answer without a score is drawn once more: the likeliest
         words would be the same again."""
-        replies = [dict(score=None)] * len(requests)
+        texts = [""] * len(requests)
         torch.manual_seed(0)
         drawn = dict(do_sample=True, top_k=0, **DRAWN)  # Qwen's own top_k is 1
         for sampling in (dict(do_sample=False), drawn):
-            rows = [i for i, reply in enumerate(replies) if reply["score"] is None]
-            texts = self.write([requests[i] for i in rows], **sampling) if rows else []
-            for i, text in zip(rows, texts):
-                replies[i] = dict(score=parse_score(text), text=text)
-        return [r if r["score"] else dict(r, error=NO_SCORE) for r in replies]
-
-    def write(self, requests, **sampling):
-        """The answers the model writes."""
-        inputs = self.inputs(requests, self.chat)
-        longest = self.config.max_new_tokens
-        out = self.model.generate(**inputs, max_new_tokens=longest, **sampling)
-        answers = out[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(answers, skip_special_tokens=True)
+            rows = [i for i, text in enumerate(texts) if not find_score(text)]
+            if rows:
+                inputs = self.inputs([requests[i] for i in rows], self.chat)
+                longest = self.config.max_new_tokens
+                out = self.model.generate(**inputs, max_new_tokens=longest, **sampling)
+                answers = out[:, inputs["input_ids"].shape[1] :]
+                answers = self.processor.batch_decode(answers, skip_special_tokens=True)
+                for i, text in zip(rows, answers):
+                    texts[i] = text
+        return [dict(score=parse_score(text), text=text) for text in texts]
 
     def expect(self, requests):
-        """Replies of mode logits. Requests that differ in the restored image alone, a group of
-        rollouts, are read together; those that are alone, as one batch."""
+        """Replies of mode logits. Requests that differ in the last image alone, a group of
+        rollouts, are read together."""
         groups = defaultdict(list)
         for i, request in enumerate(requests):
-            shared = id(request["gt"]), id(request["degraded"]), request["restored"].shape
-            groups[shared if self.names[-1] == "restored" else i].append(i)
-        hidden = {}  # request: its last hidden state (width,)
+            first, second, last = (request[name] for name in self.names)
+            groups[id(first), id(second), last.shape].append(i)
+        replies = [None] * len(requests)
+        head = self.model.get_output_embeddings().weight[self.tokens].float()
         for rows in groups.values():
-            if len(rows) > 1:
-                inputs = self.inputs([requests[i] for i in rows], self.chat + BEGIN)
-                hidden |= zip(rows, self.read_group(inputs)[:, -1])
-        alone = [i for i in range(len(requests)) if i not in hidden]
-        if alone:
-            inputs = self.inputs([requests[i] for i in alone], self.chat + BEGIN)
-            states = self.model.model(**inputs, use_cache=False).last_hidden_state
-            hidden |= zip(alone, states[:, -1])
-        return self.read_scores(torch.stack([hidden[i] for i in range(len(requests))]))
-
-    def read_scores(self, hidden):
-        """Replies from the last hidden states (B, width)."""
-        head = self.model.get_output_embeddings()
-        # (B, 5), in float32: in bfloat16 they would lie 0.1 apart and tie
-        logits = hidden.float() @ head.weight[self.tokens].float().T
-        everything = head(hidden).float()
-        everything[:, self.tokens] = logits
-        p = (logits - everything.logsumexp(dim=-1, keepdim=True)).exp()  # among all tokens
-        scores = zip(expected_score(logits).tolist(), p.tolist())
-        return [dict(score=score, p=[round(v, 4) for v in row]) for score, row in scores]
+            hidden = self.read_group(self.inputs([requests[i] for i in rows], self.chat + BEGIN))
+            # in float32: in bfloat16 they would lie 0.1 apart and tie
+            scores = expected_score(hidden[:, -1].float() @ head.T)
+            for i, score in zip(rows, scores.tolist()):
+                replies[i] = dict(score=score)
+        return replies
 
     def read_group(self, inputs):
-        """Last hidden states (G, length, width) of a group: what comes before the restored image is
+        """Last hidden states (G, length, width) of a group: what comes before the last image is
         read once."""
         net, ids, grid = self.model.model, inputs["input_ids"], inputs["image_grid_thw"]
         types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
@@ -351,8 +290,7 @@ class LocalJudge:
             ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask
         )
         images = inputs["pixel_values"].split(grid.prod(dim=1).tolist())
-        # n: where the restored image begins
-        n = (ids[0] == net.config.vision_start_token_id).nonzero()[-1].item()
+        n = (ids[0] == net.config.vision_start_token_id).nonzero()[-1].item()  # the last image
         past = net(
             input_ids=ids[:1, :n],
             position_ids=places[:, :1, :n],
@@ -374,102 +312,64 @@ class LocalJudge:
 
 
 class ServerJudge:
-    """The same for a model behind an OpenAI-compatible server (vLLM, SGLang, transformers serve).
-
-    The environment's OPENAI_API_KEY is sent if it is set. Raises JudgeError if no server answers;
-    whether it has the model, the first batch shows: not every server lists what it serves.
-    """
+    """The same for a model behind an OpenAI-compatible server (vLLM, SGLang, transformers serve),
+    which is sent the environment's OPENAI_API_KEY."""
 
     def __init__(self, config):
-        import openai
-
         self.config, self.parts = config, prompt_parts(config.prompt, config.mode)
-        try:
-            with self.client(timeout=10) as client:
-                served = [str(model.id) for model in client.models.list().data or []]
-        except (openai.APIStatusError, openai.APIResponseValidationError, TypeError):
-            served = []  # it keeps no list
-        except Exception as error:  # no address, no valid key, no connection, no time
-            raise JudgeError(
-                f"no OpenAI-compatible server answers at {config.server} ({reason(error)})"
-            ) from None
-        if config.model not in served:
-            shown = str(served)[:300]
-            print(f"note: the server lists {shown}, not {config.model}", file=sys.stderr)
-
-    def client(self, timeout):
-        """A client that tries once more what may pass, as a busy server. It follows no redirect,
-        which would hand the key to another host."""
-        import openai
-
-        return openai.OpenAI(
-            base_url=self.config.server,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=timeout,
-            max_retries=1,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
-        )
-
-    def read(self, source):
-        """An image source as a data URL. Raises DataError for a path to no image."""
-        if source.startswith("data:"):
-            return source
-        return data_url((read_source(source) * 255).round().byte())
 
     def score(self, requests):
-        """Replies without their id, one per request {name: data URL}, within the time-out, however
-        slowly an answer drips."""
-        threads = ThreadPoolExecutor(len(requests))
-        with self.client(self.config.timeout) as client:
-            pending = [threads.submit(self.score_one, client, request) for request in requests]
-            done, _ = futures.wait(pending, self.config.timeout)
-        threads.shutdown(wait=False)  # the closed client ends what is under way
+        """Replies without their id, one per request, within the time-out, however slowly an answer
+        drips."""
+        import openai
+
+        client = openai.OpenAI(
+            base_url=self.config.server,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=self.config.timeout,
+            max_retries=1,
+            # a redirect would hand the key to another host
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )
+        threads = futures.ThreadPoolExecutor(len(requests))
+        pending = [threads.submit(self.score_one, client, request) for request in requests]
+        done, _ = futures.wait(pending, self.config.timeout)
+        client.close()  # ends what is under way
+        threads.shutdown(wait=False)
         late = dict(score=None, error="the server did not answer in time")
         return [future.result() if future in done else late for future in pending]
 
     def score_one(self, client, request):
-        """The reply to one request {name: data URL}. An answer without a score is drawn once more;
-        a server that refuses is asked without log-probabilities, which it may not give."""
+        """The reply to one request. An answer without a score is drawn once more; a server that
+        refuses is asked without log-probabilities, which it may not give."""
         import openai
 
-        body = self.body(request)
+        content = [dict(type="text", text=part) for part in self.parts]
+        urls = [data_url(request[name]) for name in self.parts[1::2]]
+        content[1::2] = [dict(type="image_url", image_url=dict(url=url)) for url in urls]
+        content = [part for part in content if part.get("text") != ""]
+        asked = dict(model=self.config.model, messages=[dict(role="user", content=content)])
+        length = dict(max_tokens=self.config.max_new_tokens)
+        if self.config.mode == "logits":
+            length = dict(max_tokens=32, logprobs=True, top_logprobs=20)
         for sampling in (dict(temperature=0.0), DRAWN):
             try:
-                answer = client.chat.completions.create(**body, **sampling)
-                return read_completion(answer, self.config.mode)
+                answer = client.chat.completions.create(**asked, **length, **sampling)
+                choice = answer.choices[0]
+                text, listed = choice.message.content, choice.logprobs
+                tokens = listed.content if listed and self.config.mode == "logits" else None
+                score = score_from_logprobs(tokens or []) or parse_score(text)
+                if score:
+                    return dict(score=score, text=text)
+                problem = NO_SCORE
             except openai.BadRequestError as error:
-                problem = reason(error)
-                body = {k: v for k, v in body.items() if "logprobs" not in k}
+                problem, length = reason(error), dict(max_tokens=length["max_tokens"])
             except openai.OpenAIError as error:
-                return dict(score=None, error=f"the server failed: {reason(error)}")
-            except JudgeError as error:
-                problem = str(error)
-            except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
-                problem = "the server's answer is no chat completion"
+                problem = f"the server {self.config.server} failed: {reason(error)}"
+                break  # the client has tried twice
+            except Exception as error:
+                problem = f"the server's answer is no chat completion ({reason(error)})"
         return dict(score=None, error=problem)
-
-    def body(self, request):
-        """The request in the words of the protocol; request: {name: data URL}."""
-        content = [dict(type="text", text=part) for part in self.parts]
-        urls = [request[name] for name in self.parts[1::2]]
-        content[1::2] = [dict(type="image_url", image_url=dict(url=url)) for url in urls]
-        message = dict(role="user", content=[part for part in content if part.get("text") != ""])
-        body = dict(model=self.config.model, messages=[message])
-        if self.config.mode == "logits":
-            return body | dict(max_tokens=32, logprobs=True, top_logprobs=20)
-        return body | dict(max_tokens=self.config.max_new_tokens)
-
-
-def read_completion(answer, mode):
-    """The reply in a chat completion: by its log-probabilities in mode logits, where they are
-    given. Raises JudgeError for one without a score, AttributeError and its like for no answer."""
-    choice = answer.choices[0]
-    text, tokens = choice.message.content, choice.logprobs and choice.logprobs.content
-    tokens = [token.model_dump() for token in tokens or []] if mode == "logits" else []
-    score = score_from_logprobs(tokens) or parse_score(text)
-    if score is None:
-        raise JudgeError(NO_SCORE)
-    return dict(score=score, text=text)
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -480,6 +380,11 @@ def data_url(image):
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="png", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def as_bytes(images):
+    """Images in [0, 1] as uint8 on the CPU."""
+    return (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
 
 
 def read_source(source):
@@ -506,47 +411,36 @@ def read_batches(file, size):
         yield batch
 
 
-def read_request(line):
-    """A request, a dict. Raises JudgeError."""
-    try:
-        request = json.loads(line)
-    except (ValueError, RecursionError):
-        raise JudgeError("the line is not JSON") from None
-    if not isinstance(request, dict) or not {"id", *IMAGES} <= request.keys():
-        raise JudgeError('a request is an object with "id", "gt", "degraded" and "restored"')
-    return request
-
-
 def score_lines(judge, lines):
     """One reply per (line number, line), in order; the requests among them are scored as one batch,
     and an image that several of them name is read once."""
     replies, valid, requests = [], [], []
-    read = functools.cache(judge.read)
+    read = functools.cache(lambda source: as_bytes(read_source(source)))
     for number, line in lines:
         reply = dict(id=None, score=None)
         replies.append(reply)
         try:
-            request = read_request(line)
+            request = json.loads(line)
             reply["id"] = request["id"]
-            if not all(isinstance(request[name], str) for name in IMAGES):
-                raise JudgeError("an image must be a path or a data URL")
             requests.append({name: read(request[name]) for name in IMAGES})
             valid.append(reply)
-        except (JudgeError, DataError) as error:
+        except DataError as error:
             reply["error"] = f"line {number}: {error}"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            reply["error"] = f"line {number} is no JSON object of id, gt, degraded and restored"
     try:
         answers = judge.score(requests) if requests else []
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+    except Exception as error:  # out of memory, an image too narrow for the model, …
+        traceback.print_exc()
+        answers = [dict(score=None, error=reason(error))] * len(valid)
         torch.cuda.empty_cache()
-        problem = "out of memory: smaller batches or images need less"
-        answers = [dict(score=None, error=problem)] * len(valid)
     for reply, answer in zip(valid, answers):
-        if answer["score"] is not None and not 1 <= answer["score"] <= 5:  # not a number, for one
-            problem = f"the model's score is {answer['score']}; another --dtype may help"
-            answer = dict(score=None, error=problem)
         reply |= answer
+        if reply["score"] is None:
+            reply.setdefault("error", NO_SCORE)
+        elif not 1 <= reply["score"] <= 5:  # not a number, for one
+            problem = f"the model's score is {reply['score']}; another --dtype may help"
+            reply |= dict(score=None, error=problem)
     return replies
 
 
@@ -563,7 +457,10 @@ def end_with(parent):
 def score_all(argv):
     """Reads requests and writes scores until the input ends. Returns the exit code."""
     config = runs.flags(Config, "judge.py", __doc__, argv)
-    check(config)
+    runs.check_file("--prompt", config.prompt)
+    runs.check_device(config.device)
+    if config.min_pixels > config.max_pixels:
+        raise runs.RunError("--min-pixels is above --max-pixels")
     config.dtype = config.dtype or ("bf16" if runs.on_gpu(config.device) else "fp32")
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
@@ -584,7 +481,7 @@ def score_all(argv):
 
 
 def main(argv=None):
-    return runs.program("judge.py", score_all, argv, (JudgeError, DataError))
+    return runs.program("judge.py", score_all, argv, (JudgeError, DataError, UnicodeDecodeError))
 
 
 # ------------------------------------------------------------------------------ the trainer's side
@@ -601,12 +498,11 @@ class Judge:
         scores = judge.result(pending)               # (B, G)
         judge.close()
 
-    command: what starts it; log: the file for what it says besides replies; timeout: s for a batch;
-    patience: how many batches in a row may pass without a single whole group; check: called while
-    it is waited for, raises what should end the waiting.
-    After a batch `problem` says what went wrong, or None, and `metrics` has: latency, s from
-    sending it to its last reply; wait, s the trainer stood still for it, a new start included;
-    failures, rollouts without a score; starts so far.
+    command: what starts it; log: the file for what it says besides replies; timeout: s to wait for
+    a batch; patience: how many batches in a row may pass without a single whole group; check:
+    called while it is waited for, raises what should end the waiting.
+    After a batch `problem` says what went wrong, or None, and `metrics` has: wait, s the trainer
+    stood still for it, a new start included; failures, rollouts without a score; starts so far.
     """
 
     def __init__(self, command, log, timeout=60.0, patience=5, check=lambda: None):
@@ -615,39 +511,32 @@ class Judge:
         self.process, self.problem, self.metrics = None, None, {}
         self.starts = self.failed_in_a_row = 0
         self.ids = range(0)  # of the batch that was asked last
-        self.threads = ThreadPoolExecutor(2)  # one sends, one reads
+        self.threads = futures.ThreadPoolExecutor(2)  # one sends, one reads
 
     def start(self, degraded, gt, group_size):
         """Starts it and has it score a first batch: what cannot work should fail before the
         training. Raises JudgeError."""
-        self.launch()
-        pending = self.ask(degraded, degraded[:, None].expand(-1, group_size, -1, -1, -1), gt)
-        with contextlib.suppress(JudgeError):  # patience 1 ends at once
-            self.result(pending)
+        self.result(self.ask(degraded, degraded[:, None].expand(-1, group_size, -1, -1, -1), gt))
         if self.failed_in_a_row:
-            self.close()
             raise JudgeError(
                 f"the judge could not score a first batch: {self.problem}; its log is {self.log}"
             )
 
     def ask(self, degraded, restored, gt):
         """Sends one batch: degraded, gt (B, 3, H, W) and restored (B, G, 3, H, W) in [0, 1].
-
-        Returns a future for `result`, at once, unless the judge has to be started again. The next
-        batch may be asked after that.
-        """
+        Returns a future for `result`, at once, unless the judge has to be started again."""
         self.problem, self.shape, self.device = None, restored.shape[:2], restored.device
         self.ids = range(self.ids.stop, self.ids.stop + self.shape.numel())
-        self.asked = time.perf_counter()
+        begun = time.perf_counter()
         try:
             # not in a thread: the kernel ties a process to the thread that started it
             self.launch()
-            images = dict(gt=as_bytes(gt), degraded=as_bytes(degraded), restored=as_bytes(restored))
-            pending = self.threads.submit(self.exchange, self.process, self.ids, images)
+            images = [as_bytes(gt), as_bytes(degraded), as_bytes(restored)]
+            pending = self.threads.submit(self.exchange, self.process, self.ids, *images)
         except JudgeError as error:
             pending = futures.Future()
             pending.set_exception(error)
-        self.sent = time.perf_counter()
+        self.waited = time.perf_counter() - begun
         return pending
 
     def result(self, pending):
@@ -656,19 +545,16 @@ class Judge:
         if self.device.type == "cuda":
             # the other rewards are under way: what they take is not waiting
             torch.cuda.synchronize(self.device)
-        waiting, replies, answered = time.perf_counter(), {}, None
+        begun, replies = time.perf_counter(), {}
         try:
-            late = f"it did not answer within {self.timeout:g} s"
-            replies, answered = self.wait(pending, self.sent + self.timeout - waiting, late)
+            replies = self.wait(pending, self.timeout)
         except JudgeError as error:
             self.problem = error
             self.close()  # the next batch starts it again
-        scores = torch.tensor([self.score_in(replies.get(i, {})) for i in self.ids])
-        scores = scores.view(self.shape)
-        now = time.perf_counter()
+        scores = [self.score_in(replies.get(i, {})) for i in self.ids]
+        scores = torch.tensor(scores).view(self.shape)
         self.metrics = {
-            "judge/latency": (answered or now) - self.sent,
-            "judge/wait": now - waiting + self.sent - self.asked,
+            "judge/wait": self.waited + time.perf_counter() - begun,
             "judge/failures": int(scores.isnan().sum()),
             "judge/starts": self.starts,
         }
@@ -686,18 +572,17 @@ class Judge:
         score = reply.get("score")
         if type(score) in (int, float) and 1 <= score <= 5:
             return float(score)
-        said = f"it replied {json.dumps(reply)[:100]}"
-        self.problem = self.problem or reply.get("error") or said
+        self.problem = self.problem or reply.get("error") or f"it replied {str(reply)[:100]}"
         return math.nan
 
-    def wait(self, future, seconds, late):
-        """The result of a future. Raises what `check` raises, or JudgeError(late) if it is not
-        there within so many seconds."""
+    def wait(self, future, seconds):
+        """The result of a future. Raises what `check` raises, or JudgeError if it is not there
+        within so many seconds."""
         end = time.monotonic() + seconds
         while not future.done():
             self.check()
             if time.monotonic() > end:
-                raise JudgeError(late)
+                raise JudgeError(f"it did not answer within {seconds:g} s")
             futures.wait([future], timeout=0.1)
         return future.result()
 
@@ -706,40 +591,34 @@ class Judge:
         its last words."""
         if self.process and self.process.poll() is None:
             return
-        begun, self.starts = time.perf_counter(), self.starts + 1
+        self.starts += 1
         try:
             with open(self.log, "ab") as log:
                 self.log_start = log.tell()
                 self.process = subprocess.Popen(
                     self.command, stderr=log, start_new_session=True, **PIPES
                 )
-            is_ready = (reply for reply in self.replies(self.process) if "ready" in reply)
-            ready = self.threads.submit(next, is_ready)
-            late = f"it was not ready within {self.start_timeout:.0f} s"
-            self.wait(ready, self.start_timeout, late)
+            self.wait(self.threads.submit(next, self.replies(self.process)), self.start_timeout)
         except (JudgeError, OSError) as error:
             self.close()
-            raise JudgeError(f"the judge could not start: {error}; its log is {self.log}") from None
-        if self.starts == 1:  # nothing has to be downloaded again
-            self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
+            raise JudgeError(f"it could not start: {error}") from None
 
-    def exchange(self, process, ids, images):
+    def exchange(self, process, ids, gt, degraded, restored):
         """Sends requests with these ids for uint8 images, gt and degraded (B, 3, H, W), restored
-        (B, G, 3, H, W), as one batch. Returns {id: reply} and when the last came. Raises
-        JudgeError."""
-        requests, numbers = [], iter(ids)
-        for gt, degraded, group in zip(images["gt"], images["degraded"], images["restored"]):
-            known = dict(gt=data_url(gt), degraded=data_url(degraded))
-            requests += [dict(id=next(numbers), **known, restored=data_url(y)) for y in group]
-        lines = "".join(json.dumps(request) + "\n" for request in requests)
-        # it may reply before it has read all, and a pipe holds little
-        self.threads.submit(print, lines, file=process.stdin, flush=True)
+        (B, G, 3, H, W), as one batch. Returns {id: reply}. Raises JudgeError."""
+        lines, numbers = [], iter(ids)
+        for truth, before, group in zip(gt, degraded, restored):
+            request = dict(gt=data_url(truth), degraded=data_url(before))
+            for y in group:
+                lines.append(json.dumps(request | dict(id=next(numbers), restored=data_url(y))))
+        # it may reply before it has read all, and a pipe holds little; an empty line ends the batch
+        self.threads.submit(print, *lines, "", sep="\n", file=process.stdin, flush=True)
         replies = {}
         for reply in self.replies(process):
             if type(reply.get("id")) is int and reply["id"] in ids:
                 replies[reply["id"]] = reply
             if len(replies) == len(ids):
-                return replies, time.perf_counter()
+                return replies
 
     def replies(self, process):
         """Yields the JSON objects it writes; other lines are noise. Raises JudgeError at the end of
@@ -754,26 +633,18 @@ class Judge:
         code = process.wait()
         if code < 0:
             raise JudgeError(f"signal {-code} ended it (9: as the kernel does for want of memory)")
-        raise JudgeError(f"{self.last_words()} (exit code {code})")
-
-    def last_words(self):
-        """The last line with a word in it that it wrote into its log."""
         text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
-        return lines[-1][-400:] if lines else "it ended without a word"
+        said = lines[-1][-400:] if lines else "it ended without a word"
+        raise JudgeError(f"{said} (exit code {code})")
 
     def close(self):
         """Ends it at once: there is nothing to save."""
-        if self.process and self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process:
+            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
         self.process = None
-
-
-def as_bytes(images):
-    """Images in [0, 1] as uint8 on the CPU."""
-    return (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ measured.
 """
 
 import io
-from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,21 +26,14 @@ def markdown(head, rows):
     return "\n".join(line(row) for row in (cells[0], rule, *cells[1:]))
 
 
-def to_csv(head, rows):
-    """CSV text; floats get six decimals."""
-    return pd.DataFrame(rows, columns=head).to_csv(index=False, float_format="%.6f")
-
-
 def mean(rows, key):
     return float(np.mean([row[key] for row in rows]))
 
 
 def by_task(rows):
     """{task: its rows}, in the order in which the tasks first appear."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["task"]].append(row)
-    return dict(groups)
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    return {task: [row for row in rows if row["task"] == task] for task in tasks}
 
 
 def mean_of(values):
@@ -96,18 +87,9 @@ def typical_and_worst(rows, gains):
     return [*chosen, ranked[0]]
 
 
-def gain_table(rows):
-    """PSNR per task, input against restored."""
-    lines = []
-    for task, of_task in by_task(rows).items():
-        psnr_in, psnr = mean(of_task, "psnr_in"), mean(of_task, "psnr")
-        cells = f"{psnr_in:.2f}", f"{psnr:.2f}", f"{psnr - psnr_in:+.2f}"
-        lines.append([task, *cells, f"{mean(of_task, 'ssim'):.4f}"])
-    return markdown(["task", "input dB", "restored dB", "gain dB", "SSIM"], lines)
-
-
 # ----------------------------------------------------------------------------------------- figures
 
+GATES = {f"policy/{i}.{g}/mean": f"{i}.{g}" for i in (1, 2, 3) for g in ("g_f", "g_o")}
 # What tells whether a run works: metrics, each with a title and how its curves are labelled.
 CURVES = [
     ({"reward": ""}, "mean reward of the rollouts"),
@@ -118,10 +100,7 @@ CURVES = [
     ({"frac_reward_zero_std": ""}, "groups of equal rewards"),
     ({"loss/total": ""}, "loss, Eq. 7"),
     ({"grad_norm": ""}, "gradient norm"),
-    (
-        {f"policy/{i}.{g}/mean": f"{i}.{g}" for i in (1, 2, 3) for g in ("g_f", "g_o")},
-        "mean of the gates (start: 0.5)",
-    ),
+    (GATES, "mean of the gates (start: 0.5)"),
 ]
 
 
@@ -141,8 +120,7 @@ def plot_curves(path, rows, history=()):
     for kind in ("det", "best"):
         if f"psnr_{kind}" in log:
             log[f"gain_{kind}"] = log[f"psnr_{kind}"] - log["psnr_in"]
-    validated = {"psnr": "validation: PSNR (dB)", "reward": "validation: reward"}
-    validated = validated if len(history) > 1 else {}
+    validated = dict(psnr="PSNR (dB)", reward="reward") if len(history) > 1 else {}
     logged = [(names, title) for names, title in CURVES if any(name in log for name in names)]
     n_rows = -(-(len(validated) + len(logged)) // 3)
     if not n_rows:
@@ -150,8 +128,8 @@ def plot_curves(path, rows, history=()):
     plt = pyplot()
     figure, axes = plt.subplots(n_rows, 3, figsize=(12, 2.6 * n_rows), squeeze=False)
     free = iter(axes.flat)
-    for key, title in validated.items():
-        plot_gains(next(free), history, key, f"{title} against the start")
+    for key, what in validated.items():
+        plot_gains(next(free), history, key, f"validation: {what} against the start")
     for names, title in logged:
         plot_log(next(free), log, names, title)
     for axis in free:
@@ -161,7 +139,7 @@ def plot_curves(path, rows, history=()):
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=8)
     figure.subplots_adjust(0.055, 0.17 / n_rows, 0.99, 1 - 0.12 / n_rows, 0.16, 0.35)
-    figure.savefig(Path(path), dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -297,7 +297,7 @@ def averaged(module, decay):
 
 
 # How the numbers of all processes become one; whatever else is logged is averaged.
-HOW = {"judge/failures": sum, "judge/starts": sum, "judge/latency": max, "judge/wait": max}
+HOW = {"judge/failures": sum, "judge/starts": sum, "judge/wait": max}
 
 
 def merge(metrics):

@@ -108,7 +108,7 @@ def test_restore_a_folder_and_refuse_to_overwrite(init, photos, tmp_path, capsys
     expected = restore(load_adair(init), read_image(photos / "0.png")).clamp(0, 1)
     difference = (read_image(out / "0.png") - expected).abs().max()
     assert difference < 0.51 / 255 + 1e-4  # rounded, not truncated
-    assert "exists: give --overwrite" in fails(capsys, evaluation.main, flags)
+    assert "rename one, or give --overwrite" in fails(capsys, evaluation.main, flags)
     again = [*flags, "--overwrite", "--tile", 72]
     assert evaluation.main([str(flag) for flag in again]) is None
     assert "--tile is 60" in fails(capsys, evaluation.main, [*flags, "--tile", 60])
@@ -117,8 +117,8 @@ def test_restore_a_folder_and_refuse_to_overwrite(init, photos, tmp_path, capsys
 def test_restore_names_what_it_cannot_read(init, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"nothing")
     flags = ["restore", photos, "--ckpt", init, "--out", tmp_path / "out", "--device", "cpu"]
-    said = fails(capsys, evaluation.main, flags)
-    assert "1 of 7 photo(s) could not be restored" in said
+    write(photos / "small.png", width=7)
+    assert "2 of 8 photo(s) could not be restored" in fails(capsys, evaluation.main, flags)
     assert len(list((tmp_path / "out").iterdir())) == 6
     flags[1] = "/nowhere.jpg"
-    assert "there is no photo" in fails(capsys, evaluation.main, flags)
+    assert "1 of 1 photo(s) could not be restored" in fails(capsys, evaluation.main, flags)

@@ -1,7 +1,6 @@
 """judge.py: arithmetic of both modes, the real program on a tiny Qwen2.5-VL, servers, faults, and
 training with a judge."""
 
-import base64
 import contextlib
 import dataclasses
 import http.server
@@ -9,7 +8,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,15 +17,14 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
 import scipy.special
 import tiny_judge
 import torch
 from conftest import ROOT, fails, logged, write
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_runs import finish, start, until
 
@@ -36,7 +33,6 @@ import rewards
 import runs
 import train
 from config import parse
-from data import DataError
 
 SMALL = ("--min-pixels", "3136")  # 4 tokens of an image, instead of 256
 EXPECTED = sum(k * p for k, p in enumerate(tiny_judge.P, 1))  # 3.7, see tiny_judge
@@ -94,28 +90,19 @@ def test_expectation_over_five_logits():
     "text, score",
     [
         ("<Assessment>\n<Analysis>fine</Analysis>\n<Score>4</Score>\n</Assessment>", 4),
-        ("<Score>1</Score>", 1),
         ("<Score>\n 5 \n</Score>", 5),
         ("The score is 4.", None),
-        ("", None),
-        ("<Score></Score>", None),
-        ("<Score>X</Score>", None),
         ("<Score>0</Score>", None),
-        ("<Score>6</Score>", None),
         ("<Score>45</Score>", None),
         ("<Score>-4</Score>", None),
         ("<Score>4.5</Score>", None),
         ("<Score>4/5</Score>", None),
         ("<Score>4</Score> or rather <Score>5</Score>", None),
-        ("<Score>4</Score><Score>4</Score>", None),
-        ("<Score><Score>4</Score>", None),
         ("<Score>4</Score></Score>", None),
-        ("<Assessment><Analysis>good, <Score>4", None),
         ("<Score>4</Sco", None),
         ("<score>4</score>", None),
         ("<Score>４</Score>", None),  # full width
         ("<Score>٤</Score>", None),  # Arabic
-        ("<Score>四</Score>", None),
         ("<Score>\u00a04</Score>", None),  # no-break space
         ("<Degradation>Nebel, dünn 薄雾</Degradation><Score>2</Score>", 2),
     ],
@@ -152,76 +139,60 @@ def logprobs(*tokens):
 
 
 def test_score_from_a_servers_logprobs():
+    def score(*tokens):
+        text = json.dumps(logprobs(*tokens))
+        as_objects = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
+        return judges.score_from_logprobs(as_objects)
+
     before = [("<Assessment>", 1.0, {}), ("<Score", 1.0, {"4": 1.0}), (">", 1.0, {"1": 0.9})]
     after = [("</Score>", 1.0, {"5": 1.0})]
     digit = ("4", 0.5, {"4": 0.5, "3": 0.25, "x": 0.125, "5": 0.125})
-    assert judges.score_from_logprobs(logprobs(*before, digit, *after)) == pytest.approx(
-        (0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875
-    )
-    empty = logprobs(*before, ("", 0.9, {"1": 0.9}), ("5", 1.0, {"5": 1.0}), *after)
-    assert judges.score_from_logprobs(empty) == pytest.approx(5)
-    joined = logprobs(*before[:2], (">4</", 0.6, {">4</": 0.6, ">2</": 0.2}), ("Score>", 1.0, {}))
-    assert judges.score_from_logprobs(joined) is None  # the text counts
-    assert judges.score_from_logprobs(logprobs(*before, ("2", 0.3, {}), *after)) == pytest.approx(
-        2
-    )  # no others given
-    assert (
-        judges.score_from_logprobs(logprobs(*before, digit, *after, *before[1:], digit, *after))
-        is None
-    )  # two scores
-    assert judges.score_from_logprobs(logprobs(*before, ("7", 0.9, {"4": 0.1}), *after)) is None
+    expected = (0.5 * 4 + 0.25 * 3 + 0.125 * 5) / 0.875
+    assert score(*before, digit, *after) == pytest.approx(expected)
+    assert score(*before, ("", 0.9, {"1": 0.9}), ("5", 1.0, {}), *after) == pytest.approx(5)
+    assert score(*before, ("2", 0.3, {}), *after) == pytest.approx(2)  # no others given
+    joined = [(">4</", 0.6, {">4</": 0.6, ">2</": 0.2}), ("Score>", 1.0, {})]
+    assert score(*before[:2], *joined) is None  # the text counts
+    assert score(*before, digit, *after, *before[1:], digit, *after) is None  # two scores
+    assert score(*before, ("7", 0.9, {"4": 0.1}), *after) is None
 
 
 def test_the_prompt_asks_what_the_paper_asks(tmp_path):
     parts = judges.prompt_parts(None, "generate")
     assert parts[1::2] == ["gt", "degraded", "restored"]  # what a group shares comes first
-    labels = zip(("Ground truth", "Degraded", "Restored"), parts[::2])
-    assert [label in part for label, part in labels] == [True] * 3
-    text = "".join(parts[::2])
-    words = "noise rain haze blur light contrast exposure artifacts <Score>X</Score>"
-    assert all(word in text for word in words.split())
-    assert [f"{k}: " in text for k in range(1, 6)] == [True] * 5
-    assert "alone" in "".join(judges.prompt_parts(None, "logits"))
+    for label, part in zip(("Ground truth", "Degraded", "Restored"), parts[::2]):
+        assert label in part
+    words = "noise rain haze blur light contrast exposure artifacts 1: 5: <Score>X</Score>"
+    assert all(word in "".join(parts[::2]) for word in words.split())
     (tmp_path / "prompt.txt").write_text("compare <gt> with <restored>")
-    with pytest.raises(
-        judges.JudgeError, match="prompt.txt must hold each of <gt>, <degraded> and <restored> once"
-    ):
+    with pytest.raises(judges.JudgeError, match="prompt.txt must hold each of <gt>, <degraded>"):
         judges.prompt_parts(tmp_path / "prompt.txt", "logits")
 
 
 # ----------------------------------------------------------------------- the model, as it is loaded
 
 
-def test_padding_and_batches_change_no_score(seeing):
-    """Requests of three sizes in one batch, so that two are padded on the left, against each by
-    itself."""
-    judge = local(seeing)
-    requests = [trio(0, 64, 64), trio(1, 140, 90), trio(2, 30, 200)]
-    mask = judge.inputs(requests, judge.chat)["attention_mask"]
-    assert (mask[:, -1] == 1).all() and (mask[:, 0] == 0).sum() == 2
-    together = [reply["score"] for reply in judge.score(requests)]
-    alone = [judge.score([request])[0]["score"] for request in requests]
-    np.testing.assert_allclose(together, alone, atol=5e-6)
-    assert max(alone) - min(alone) > 1e-4  # the scores do depend on what is seen
+def plain_score(judge, request):
+    """By one pass over everything, with the model's own head."""
+    logits = judge.model(**judge.inputs([request], judge.chat + judges.BEGIN)).logits[0, -1]
+    p = scipy.special.softmax(logits[judge.tokens].detach().double().numpy())
+    return (p * np.arange(1, 6)).sum()
 
 
 def test_a_group_shares_its_past_and_gets_the_same_scores(seeing, monkeypatch):
-    """A group, with a repeated image, among single requests of which two are alike, against each by
-    itself."""
-    judge = local(seeing)
+    """A group, with a repeated image, among requests that are alone."""
+    judge, sizes = local(seeing), []
     a, b = group_of(0, (1, 2)), group_of(2, (5, 0, 5))
-    requests = [a[0], *b, a[1], trio(1), trio(3)]
-    alone = [judge.score([request])[0]["score"] for request in requests]
-    sizes, read_group = [], judge.read_group
-    monkeypatch.setattr(
-        judge,
-        "read_group",
-        lambda inputs: sizes.append(len(inputs["input_ids"])) or read_group(inputs),
-    )
-    together = [reply["score"] for reply in judge.score(requests)]
-    assert sorted(sizes) == [2, 3]  # the other two as one batch
-    np.testing.assert_allclose(together, alone, atol=5e-6)
-    assert max(alone) - min(alone) > 1e-4 and together[1] == pytest.approx(together[3], abs=1e-6)
+    requests = [a[0], *b, a[1], trio(1, 30, 200), trio(3)]
+    read = judge.read_group
+    note = lambda inputs: sizes.append(len(inputs["input_ids"])) or read(inputs)  # noqa: E731
+    monkeypatch.setattr(judge, "read_group", note)
+    scores = [reply["score"] for reply in judge.score(requests)]
+    assert sizes == [2, 3, 1, 1]
+    wanted = [plain_score(judge, request) for request in requests]
+    np.testing.assert_allclose(scores, wanted, atol=5e-6)
+    # the scores do depend on what is seen
+    assert max(scores) - min(scores) > 1e-4 and scores[1] == pytest.approx(scores[3], abs=1e-6)
 
 
 def test_bfloat16_does_not_round_scores_to_ties(seeing):
@@ -229,20 +200,19 @@ def test_bfloat16_does_not_round_scores_to_ties(seeing):
     exact, rounded = local(seeing), local(seeing, dtype="bf16")
     requests = group_of(0, range(4))
     scores = [reply["score"] for reply in rounded.score(requests)]
-    np.testing.assert_allclose(
-        scores, [reply["score"] for reply in exact.score(requests)], atol=0.02
-    )
+    wanted = [reply["score"] for reply in exact.score(requests)]
+    np.testing.assert_allclose(scores, wanted, atol=0.02)
     assert len(set(scores)) == 4
-    assert all(0.9 < sum(reply["p"]) < 1.0005 for reply in rounded.score(requests))
 
 
 def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
-    (tmp_path / "prompt.txt").write_text(
-        "restored: <restored> truth: <gt> before: <degraded> <format>"
-    )
-    judge = local(seeing, prompt=str(tmp_path / "prompt.txt"))
-    judge.read_group = None  # restored comes first: nothing to share
-    assert all(reply["score"] for reply in judge.score(group_of(0, (1, 2))))
+    """The restored one first, so that a group shares nothing."""
+    path = tmp_path / "prompt.txt"
+    path.write_text("restored: <restored> truth: <gt> before: <degraded> <format>")
+    judge = local(seeing, prompt=str(path))
+    requests = group_of(0, (1, 2))
+    scores = [reply["score"] for reply in judge.score(requests)]
+    np.testing.assert_allclose(scores, [plain_score(judge, r) for r in requests], atol=5e-6)
     levels = dict(gt=10, degraded=100, restored=200)
     request = {
         name: torch.full((3, 56, 56), level, dtype=torch.uint8) for name, level in levels.items()
@@ -250,10 +220,8 @@ def test_images_go_where_the_prompt_names_them(seeing, tmp_path):
     inputs = judge.inputs([request], judge.chat)
     pixels = inputs["pixel_values"].unflatten(0, (3, -1)).mean(dim=(1, 2))
     assert pixels.argsort().tolist() == [1, 2, 0]  # restored, gt, degraded
-    texts = judge.chat.split("<|vision_start|><|image_pad|><|vision_end|>")
-    assert [t.endswith(w) for t, w in zip(texts, ("restored: ", "truth: ", "before: "))] == [
-        True
-    ] * 3
+    texts = judge.chat.split("<|vision_start|><|image_pad|><|vision_end|>")[:3]
+    assert [t.split()[-1] for t in texts] == ["restored:", "truth:", "before:"]
 
 
 def test_small_images_are_enlarged_and_large_ones_reduced(tiny):
@@ -270,61 +238,54 @@ def test_incomplete_weights_are_refused(tiny, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(judges.JudgeError, match="1 tensors are missing.*lm_head.weight"):
+    with pytest.raises(judges.JudgeError, match="lacks 1 tensors, as lm_head.weight"):
         local(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(judges.JudgeError, match="cannot be loaded"):
         local(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        judges.JudgeError, match="cannot be loaded on cpu: .*no file named model.safet"
-    ):
+    with pytest.raises(judges.JudgeError, match="on cpu: .*no file named model.safet"):
         local(folder)
 
 
-def test_a_model_that_is_nowhere(monkeypatch):
-    """Within seconds, even of a hub that accepts and says nothing: transformers alone would try for
-    minutes."""
-    asked, probe = [], huggingface_hub.HfApi.model_info
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.model_info",
-        lambda api, name, timeout: asked.append(timeout) or probe(api, name, timeout=0.2),
-    )
+@pytest.mark.parametrize("name", ["no-such/model", "my model", "/no/such/folder"])
+def test_a_model_that_is_nowhere(monkeypatch, name):
+    """Without the minutes that transformers would try for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        for hub, name, words in (
-            ("http://127.0.0.1:9", "no-such/model", "ConnectError"),
-            (silent, "no-such/model", "ReadTimeout"),
-            (silent, "my model", "HFValidationError"),
-            (silent, "/no/such/folder", "HFValidationError"),
-        ):
-            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
-            wanted = f"model {name} cannot be loaded on cpu from this machine, nor from the hub"
-            with pytest.raises(judges.JudgeError, match=f"{wanted} .{words}"):
-                local(name)
-    assert all(seconds <= 5 for seconds in asked)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tried again"))
+    words = "ConnectError" if name == "no-such/model" else "HFValidationError"
+    with pytest.raises(judges.JudgeError, match=f"model {name} cannot be loaded on cpu: {words}"):
+        local(name)
 
 
 def test_an_unparsable_answer_is_tried_once_more(tiny, monkeypatch):
     """Cut off after one token the answer has no score; the second try is drawn, not the likeliest
     again."""
-    judge = local(tiny, mode="generate", max_new_tokens=1, min_pixels=judges.Config.min_pixels)
-    tries, write = [], judge.write
-    monkeypatch.setattr(
-        judge,
-        "write",
-        lambda requests, **sampling: (
-            tries.append((len(requests), sampling)) or write(requests, **sampling)
-        ),
-    )
+    judge = local(tiny, mode="generate", max_new_tokens=1)
+    tries, generate = [], judge.model.generate
+
+    def noted(**given):
+        tries.append((len(given["input_ids"]), given["do_sample"]))
+        return generate(**given)
+
+    monkeypatch.setattr(judge.model, "generate", noted)
     replies = judge.score([trio(0), trio(1)])
     assert [reply["score"] for reply in replies] == [None, None]
-    assert "no single <Score>" in replies[0]["error"]
-    (first, likeliest), (second, drawn) = tries
-    assert first == second == 2 and not likeliest["do_sample"] and drawn["do_sample"]
-    judge.config.max_new_tokens, requests = 20, [trio(0)] * 12
-    assert len(set(write(requests, **likeliest))) == 1 < len(set(write(requests, **drawn)))
+    assert tries == [(2, False), (2, True)]
+
+
+def test_padding_changes_no_answer(seeing):
+    """Requests of three sizes in one batch, so that two are padded on the left."""
+    judge = local(seeing, mode="generate")
+    requests = [trio(0, 64, 64), trio(1, 140, 90), trio(2, 30, 200)]
+    inputs = judge.inputs(requests, judge.chat)
+    mask = inputs["attention_mask"]
+    assert (mask[:, -1] == 1).all() and (mask[:, 0] == 0).sum() == 2
+    together = judge.model(**inputs).logits[:, -1]
+    alone = [judge.model(**judge.inputs([r], judge.chat)).logits[0, -1] for r in requests]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=0)
+    assert [reply["score"] for reply in judge.score(requests)] == [4, 4, 4]
 
 
 # ---------------------------------------------------------------------------- the program by itself
@@ -347,14 +308,13 @@ def test_the_program_scores_json_lines(tiny, tmp_path):
     command += ["--batch-size", "4", *SMALL]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     replies = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [r["id"] for r in replies] == [0, 1, 2, 3, 4, 5, None, None] and done.returncode == 1
+    assert [r["id"] for r in replies] == [0, 1, 2, 3, 4, 5, None, 7] and done.returncode == 1
     assert "5 scored, 3 not" in done.stderr
     errors = [r["error"] for r in replies if r["score"] is None]
-    words = "line 4: there is no image", "line 7: the line is not JSON", "line 8"
+    words = "line 4: there is no image", "line 7 is no JSON object", "line 8"
     assert [word in error for word, error in zip(words, errors, strict=True)] == [True] * 3
     for reply in replies[:3] + replies[4:6]:
         assert reply["score"] == pytest.approx(EXPECTED, abs=1e-4)
-        np.testing.assert_allclose(reply["p"], tiny_judge.P, atol=2e-3)  # a little is for others
 
 
 def test_written_answers_of_json_lines(tiny, tmp_path):
@@ -366,24 +326,9 @@ def test_written_answers_of_json_lines(tiny, tmp_path):
     assert replies == [dict(id=i, score=4, text=text) for i in (0, 1, 2, 4, 5)]
 
 
-def test_an_image_too_narrow_for_the_model(tmp_path):
-    Image.new("RGB", (1, 300)).save(tmp_path / "narrow.png")
-    with pytest.raises(DataError, match="1×300 px is too narrow"):
-        judges.LocalJudge.read(None, str(tmp_path / "narrow.png"))
-
-
 def test_a_number_that_is_no_score_is_an_error():
-    class Overflow(judges.LocalJudge):
-        def __init__(self):
-            pass
-
-        def score(self, requests):
-            return [dict(score=math.nan, p=[math.nan] * 5)] * len(requests)
-
-    line = json.dumps(
-        dict(id=1, **{name: judges.data_url(image) for name, image in trio(0).items()})
-    ).encode()
-    (reply,) = judges.score_lines(Overflow(), [(1, line)])
+    judge = SimpleNamespace(score=lambda requests: [dict(score=math.nan)])
+    (reply,) = judges.score_lines(judge, [(1, json.dumps(dict(id=1, **urls(0))))])
     assert reply["score"] is None and "--dtype" in reply["error"]
 
 
@@ -397,25 +342,14 @@ def test_batches_end_at_empty_lines():
 
 
 @pytest.mark.parametrize(
-    "image",
-    [
-        5,
-        ["a.png"],
-        "data:image/png;base64,AAAA",
-        "data:image/png;base64,%%",
-        "data:text/plain,hello",
-    ],
+    "image", [5, ["a.png"], "data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:,hello"]
 )
 def test_what_is_no_image_is_an_error_of_its_line(image):
-    line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image)).encode()
-    judge = object.__new__(judges.LocalJudge)  # reading needs no model
-    (reply,) = judges.score_lines(judge, [(2, line)])
-    words = (
-        "an image must be a path or a data URL"
-        if not isinstance(image, str)
-        else f"the data URL {image}… does not hold an image in base64"
-    )
-    assert reply == dict(id="a", score=None, error=f"line 2: {words}")
+    line = json.dumps(dict(id="a", gt=image, degraded=image, restored=image))
+    (reply,) = judges.score_lines(None, [(2, line)])  # reading needs no model
+    words = f"line 2: the data URL {image}… does not hold an image in base64"
+    words = words if isinstance(image, str) else "line 2 is no JSON object of id, gt, degraded"
+    assert (reply["id"], reply["score"]) == ("a", None) and reply["error"].startswith(words)
 
 
 # ---------------------------------------------------------- the trainer's side, with real processes
@@ -451,7 +385,7 @@ def test_the_real_judge_scores_batches_and_is_not_waited_for_when_it_hangs(tiny,
         scores = scores_of(judge, b=2, g=2)
         torch.testing.assert_close(scores, torch.full((2, 2), EXPECTED), atol=1e-4, rtol=0)
         assert judge.problem is None and judge.metrics["judge/failures"] == 0
-        assert judge.metrics["judge/latency"] > 0 and judge.metrics["judge/wait"] >= 0
+        assert judge.metrics["judge/wait"] >= 0 and judge.starts == 1
 
         os.kill(judge.process.pid, signal.SIGSTOP)  # it hangs
         judge.timeout = 0.5
@@ -491,7 +425,6 @@ def fake(tmp_path, *replies):
             2,
         ),
         ([dict(id="#", score=99)], None),
-        ([dict(id="#", score=0)], None),
         ([dict(id="#", score=True)], None),
         ([dict(id="#", score="4")], None),
         ([dict(id="#", score=math.nan)], None),
@@ -511,15 +444,12 @@ def test_noise_is_never_read_as_a_score(tmp_path, replies, score):
 
 def test_its_first_batch_and_its_patience(tmp_path):
     never = fake(tmp_path, dict(id="#", score=None, error="too dark to see"))
-    with pytest.raises(judges.JudgeError, match="could not score a first batch: too dark to see"):
-        never.start(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), 2)
-    assert never.process is None
-    never.patience, never.failed_in_a_row = 3, 0
     with contextlib.closing(never):
+        with pytest.raises(judges.JudgeError, match="not score a first batch: too dark to see"):
+            never.start(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), 2)
+        never.patience, never.failed_in_a_row = 3, 0
         assert scores_of(never).isnan().all() and scores_of(never).isnan().all()
-        with pytest.raises(
-            judges.JudgeError, match="failed 3 times in a row, the last time: too dark"
-        ):
+        with pytest.raises(judges.JudgeError, match="failed 3 times in a row, the last .* dark"):
             scores_of(never)
 
 
@@ -546,15 +476,15 @@ def alive(tmp_path, **rest):
 def test_after_a_hang_it_is_started_again_however_long_that_takes(tmp_path, monkeypatch):
     """The wait for a batch begins when the judge is ready: loading may take longer than
     --judge-timeout. Here it takes 1000 s, by a clock that is put forward meanwhile."""
-    clock, late = time.perf_counter, []
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + (1000 if late else 0))
+    clock, late = time.monotonic, []
     with alive(tmp_path, timeout=0.5) as judge:
         assert scores_of(judge).isnan().all()
         assert "did not answer within 0.5 s" in str(judge.problem)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + (1000 if late else 0))
+        monkeypatch.setattr(time, "perf_counter", time.monotonic)
         judge.timeout, judge.check = 300, lambda: late.append(True)
         assert scores_of(judge).tolist() == [[2.5, 2.5]]
-        assert judge.starts == 2 and judge.problem is None
-        assert judge.metrics["judge/wait"] > 1000 > judge.metrics["judge/latency"]
+        assert judge.starts == 2 and judge.problem is None and judge.metrics["judge/wait"] > 1000
         # requests and replies both larger than a pipe holds
         assert scores_of(judge, g=64, size=64).tolist() == [[2.5] * 64]
 
@@ -572,14 +502,11 @@ def test_after_a_kill_it_is_started_again(tmp_path):
 def test_a_judge_that_never_gets_ready(tmp_path):
     judge = judges.Judge([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "log")
     judge.start_timeout = 0.5
-    with pytest.raises(judges.JudgeError, match="could not start: it was not ready within"):
+    with pytest.raises(judges.JudgeError, match="could not start: it did not answer within 0.5 s"):
         judge.launch()
     assert judge.process is None
-
-
-def test_a_log_that_cannot_be_written(tmp_path):
     with pytest.raises(judges.JudgeError, match="could not start: .*No such file"):
-        judges.Judge([sys.executable, "-c", ""], tmp_path / "no/log").launch()
+        judges.Judge(judge.command, tmp_path / "no/log").launch()
 
 
 def test_a_judge_that_ends_after_its_start_says_why(tmp_path):
@@ -604,13 +531,12 @@ loading.launch()
 
 def children(pid):
     """Process ids of the judges a process started."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(pid), "-f", "judge.py"], capture_output=True, text=True
-    )
+    words = ["pgrep", "-P", str(pid), "-f", "judge.py"]
+    found = subprocess.run(words, capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a judge ends when its input does")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_no_judge_outlives_its_trainer(tiny, tmp_path):
     """SIGKILL leaves the trainer no time for anything; its judges end all the same, one that is
     stopped and one that has just been started."""
@@ -632,10 +558,6 @@ def test_no_judge_outlives_its_trainer(tiny, tmp_path):
 class Handler(http.server.BaseHTTPRequestHandler):
     """Speaks enough of OpenAI's protocol. `server.behave(n)` says what the n-th request gets."""
 
-    def do_GET(self):
-        listed = self.server.listed
-        self.reply(listed if listed == 404 else 200, dict(data=listed))
-
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
@@ -645,11 +567,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer == "close":
             self.connection.close()
         elif answer == "slow":
-            self.server.over.wait()
-        elif answer == "stall":  # an error whose body never comes
-            self.send_response(503)
-            self.send_header("Content-Length", "50")
-            self.end_headers()
             self.server.over.wait()
         elif answer == "drip":
             self.send_response(200)
@@ -684,7 +601,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    s.seen, s.lock, s.listed = [], threading.Lock(), [dict(id="qwen")]
+    s.seen, s.lock = [], threading.Lock()
     s.over, s.dripped = threading.Event(), threading.Event()
     s.behave = lambda n: completion("<Assessment><Score>4</Score></Assessment>")
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
@@ -710,47 +627,37 @@ def served(server, **settings):
 
 
 def urls(seed):
-    """A request as the program hands it to a server's judge."""
+    """The images of a request as a line has them."""
     return {name: judges.data_url(image) for name, image in trio(seed).items()}
 
 
 def test_a_server_gets_labelled_images_and_gives_an_expectation(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.behave = lambda n: completion("<Score>4</Score>", WITH_LOGPROBS)
-    request = urls(0)
-    assert served(server).score([request])[0]["score"] == pytest.approx(3)  # of 4 and 2
+    (reply,) = served(server).score([trio(0)])
+    assert reply["score"] == pytest.approx(3)  # of 4 and 2
     path, body, key = server.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "qwen"
     assert body["temperature"] == 0 and body["logprobs"] is True and body["top_logprobs"] == 20
     content = body["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url"] * 3
-    labels = zip(("truth", "Degraded", "Restored"), judges.IMAGES)
-    for (label, name), text, image in zip(labels, content[::2], content[1::2]):
+    labels = zip(("truth", "Degraded", "Restored"), trio(0).values())
+    for (label, image), text, found in zip(labels, content[::2], content[1::2]):
         assert label in text["text"].splitlines()[-1]
-        assert (
-            image["image_url"]["url"] == request[name]
-        )  # as it came: not decoded, not encoded again
-
-
-def test_a_servers_judge_reads_paths_and_passes_data_urls_on(server, tmp_path):
-    image = trio(0)["gt"]
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-    judge = served(server)
-    coded = judge.read(str(tmp_path / "x.png")).removeprefix("data:image/png;base64,")
-    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))))
-    assert np.array_equal(found.transpose(2, 0, 1), image) and judge.read("data:,x") == "data:,x"
+        found = judges.read_source(found["image_url"]["url"])
+        assert torch.equal((found * 255).round().byte(), image)
 
 
 def test_a_server_without_logprobs_and_one_that_writes(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert served(server).score([urls(0)] * 3)[2]["score"] == 4
+    assert served(server).score([trio(0)] * 3)[2]["score"] == 4
     assert server.seen[0][2] == "Bearer none"  # a dummy key
     odd = logprobs(("token_id:27", 1.0, {}), ("token_id:20", 1.0, {}))
     server.behave = lambda n: completion("<Score>5</Score>", odd)
-    assert served(server).score([urls(0)])[0]["score"] == 5  # tokens that do not make up the text
+    assert served(server).score([trio(0)])[0]["score"] == 5  # tokens that do not make up the text
     text = "<Assessment>\n<Analysis>dunkel</Analysis>\n<Score>2</Score>\n</Assessment>"
     server.behave = lambda n: completion(text, WITH_LOGPROBS)
-    assert served(server, mode="generate").score([urls(0)]) == [dict(score=2, text=text)]
+    assert served(server, mode="generate").score([trio(0)]) == [dict(score=2, text=text)]
     assert "logprobs" not in server.seen[-1][1] and server.seen[-1][1]["max_tokens"] == 512
 
 
@@ -758,11 +665,9 @@ def test_a_server_without_logprobs_and_one_that_writes(server, monkeypatch):
     "first, words",
     [
         (429, "429"),
-        (500, "500"),
-        ("close", "the server failed"),
+        ("close", "failed: "),
         ("malformed", "no chat completion"),
         (dict(choices=[]), "no chat completion"),
-        ([1], "no chat completion"),
         (completion("four, I should say"), "no single <Score>"),
         (completion(None), "no chat completion"),
         (completion("", [dict(token="<Score>4</Score>", logprob=10**400)]), "no "),
@@ -772,80 +677,61 @@ def test_what_a_server_does_wrong_is_tried_once_more(server, first, words):
     """Once: by its client, or by us where an answer is no score."""
     good = server.behave
     server.behave = lambda n: first if n == 1 else good(n)
-    assert served(server).score([urls(0)])[0]["score"] == 4 and len(server.seen) == 2
+    assert served(server).score([trio(0)])[0]["score"] == 4 and len(server.seen) == 2
     server.behave = lambda n: first
-    (reply,) = served(server).score([urls(0)])
+    (reply,) = served(server).score([trio(0)])
     assert reply["score"] is None and words in reply["error"] and len(server.seen) == 4
 
 
 def test_a_redirect_does_not_get_the_key(server):
     server.behave = lambda n: "redirect"
-    (reply,) = served(server).score([urls(0)])
+    (reply,) = served(server).score([trio(0)])
     assert reply["score"] is None and "302" in reply["error"] and len(server.seen) == 1
 
 
 def test_a_server_that_refuses(server):
     server.behave = lambda n: 400
-    assert "400" in served(server).score([urls(0)])[0]["error"]
+    assert "400" in served(server).score([trio(0)])[0]["error"]
     asked = ["logprobs" in body for _, body, _ in server.seen]
     assert asked == [True, False]  # perhaps it was these it would not give
 
 
-@pytest.mark.parametrize("how", ["slow", "stall", "drip"])
+@pytest.mark.parametrize("how", ["slow", "drip"])
 def test_a_server_that_is_slow(server, how):
     """It would go on until the test is over; nothing is left to read it."""
     server.behave = lambda n: how
-    replies = served(server, timeout=0.5).score([urls(0)] * 3)
+    replies = served(server, timeout=0.5).score([trio(0)] * 3)
     assert [reply["error"] for reply in replies] == ["the server did not answer in time"] * 3
     assert how != "drip" or server.dripped.wait(60)
 
 
-def test_a_server_that_is_not_there(server, monkeypatch, capsys):
-    for url in ("http://127.0.0.1:9/v1", "http://[::1"):
-        with pytest.raises(
-            judges.JudgeError, match=f"no OpenAI-compatible server answers at {re.escape(url)}"
-        ):
-            judges.ServerJudge(judges.Config("qwen", url))
-    monkeypatch.setenv("OPENAI_API_KEY", "key\n")
-    with pytest.raises(judges.JudgeError, match="no OpenAI-compatible server answers"):
-        served(server)
-    said = fails(capsys, judges.main, ["--model", "qwen", "--server", "localhost/v1"])
-    assert "begins with http://" in said
-
-
-@pytest.mark.parametrize("listed", [[dict(id="another")], [], None, 404])
-def test_a_servers_list_is_a_hint(server, capfd, listed):
-    """`transformers serve` lists only its cache: what it can do, the first batch shows."""
-    server.listed = listed
-    assert served(server).score([urls(0)])[0]["score"] == 4
-    assert "not qwen" in capfd.readouterr().err
+def test_a_server_that_is_not_there():
+    """Named by the first batch."""
+    judge = judges.ServerJudge(judges.Config("qwen", "http://127.0.0.1:9/v1"))
+    (reply,) = judge.score([trio(0)])
+    assert reply["error"].startswith("the server http://127.0.0.1:9/v1 failed: ConnectError")
 
 
 def test_a_real_server(tiny, tmp_path):
     """transformers' own, with the tiny judge: it gives no log-probabilities, so that X counts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     program = os.path.join(os.path.dirname(sys.executable), "transformers")
-    command = [program, "serve", str(tiny), "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [program, "serve", str(tiny), "--port", url[17:-3], "--device", "cpu"]
     with open(tmp_path / "log", "wb") as log:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{url}/models", timeout=5).close() or True
+
     try:
-        while process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        judge = judges.ServerJudge(
-            judges.Config(str(tiny), f"http://127.0.0.1:{port}/v1", timeout=60)
-        )
-        replies = judge.score([urls(0), urls(1)])
-        assert [reply["score"] for reply in replies] == [4, 4], (
-            replies,
-            (tmp_path / "log").read_text()[-2000:],
-        )
+        until(lambda: process.poll() is not None or answers())
+        judge = judges.ServerJudge(judges.Config(str(tiny), url))
+        scores = [reply["score"] for reply in judge.score([trio(0), trio(1)])]
+        assert scores == [4, 4], (tmp_path / "log").read_text()[-2000:]
     finally:
         process.kill()
 
@@ -856,55 +742,17 @@ def test_a_real_server(tiny, tmp_path):
 def test_a_judge_that_cannot_start_ends_the_run_before_it_begins(small, tmp_path, capsys):
     flags = small("run", "--judge", tmp_path, "--judge-args=--batch-size 0")
     message = fails(capsys, train.main, flags)
-    assert "the judge could not start" in message and "--batch-size is 0" in message
+    assert "first batch: it could not start: " in message and "--batch-size is 0" in message
     # the same --out serves once more: nothing of a run is in it
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["judge.log"]
     said = fails(capsys, judges.main, ["--model", "x", "--device", "cuda:63"])
     assert "'cuda:63' is no device of this machine" in said
 
 
-def out_of_memory(tmp_path, folder, *flags):
-    """What a judge in 8 GB of address space says at its start."""
-    limit = ["bash", "-c", 'ulimit -v 8000000; exec "$@"', "-"]
-    words = [*limit, *command("--model", folder, *flags)]
-    with pytest.raises(judges.JudgeError) as error:
-        judges.Judge(words, tmp_path / "log", timeout=600).start(
-            torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), 1
-        )
-    return str(error.value)
-
-
-def test_a_judge_too_large_for_the_memory_is_named(tiny, tmp_path):
-    """By a real allocation that fails: an embedding of 77 GB."""
-    folder = shutil.copytree(tiny, tmp_path / "judge")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["vocab_size"] = 400_000_000
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {k: v for k, v in tensors.items() if "embed_tokens" not in k and "lm_head" not in k}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    said = out_of_memory(tmp_path, folder)
-    assert (
-        "could not start" in said
-        and "on cpu: RuntimeError" in said
-        and "can't allocate memory" in said
-    )
-
-
-def test_images_too_large_for_the_memory_are_named(tiny, tmp_path):
-    """By a real allocation that fails: attention over images of 5 MP."""
-    size = ["--min-pixels", 5_000_000, "--max-pixels", 9_000_000, "--attention", "eager"]
-    said = out_of_memory(tmp_path, tiny, *size)
-    assert "could not score a first batch: out of memory" in said
-
-
 def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
     """The real program beside the real trainer, killed in the middle."""
-    run = tmp_path / "run"
-    process = start(
-        [ROOT / "train.py"]
-        + small("run", "--judge", seeing, "--judge-timeout", 300, f"--judge-args={' '.join(SMALL)}")
-    )
+    run, given = tmp_path / "run", ["--judge-timeout", 300, f"--judge-args={' '.join(SMALL)}"]
+    process = start([ROOT / "train.py", *small("run", "--judge", seeing, *given)])
     try:
         until(lambda: process.poll() is not None or len(logged(run)) >= 2)
         (pid,) = children(process.pid)
@@ -914,24 +762,19 @@ def test_a_run_with_a_judge_survives_its_death(small, seeing, tmp_path):
         process.kill()
     rows = logged(run)
     assert len(rows) == 10 and rows[0]["judge/starts"] == 1 and rows[-1]["judge/starts"] == 2
-    scored = [row for row in rows if row["judge/failures"] == 0]
-    assert len(scored) >= 8 and all(
-        row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05) for row in scored
-    )
-    assert all(row["judge/wait"] >= 0 and row["judge/latency"] >= 0 for row in rows)
+    failures = [row["judge/failures"] for row in rows]
+    assert set(failures) <= {0, 4} and failures.count(0) >= 8
     for row in rows:
         if row["judge/failures"]:
-            assert row["judge/failures"] == 4 and "rewards/qwen/mean" not in row
-    unscored = sum(row["judge/failures"] for row in rows)
-    assert (
-        f"The judge left {unscored:.0f} rollouts without a score."
-        in (run / "report.md").read_text()
-    )
+            assert "rewards/qwen/mean" not in row
+        else:
+            assert row["rewards/qwen/mean"] == pytest.approx((EXPECTED - 1) / 4, abs=0.05)
+    said = f"The judge left {sum(failures):.0f} rollouts without a score."
+    assert said in (run / "report.md").read_text()
     terms = {row["term"]: row for row in json.loads((run / "rewards.json").read_text())}
     assert terms["qwen"]["weight"] == pytest.approx(0.1) and str(seeing) in terms["qwen"]["state"]
-    assert not subprocess.run(
-        ["pgrep", "-f", str(seeing)], capture_output=True, text=True
-    ).stdout  # none is left
+    left = subprocess.run(["pgrep", "-f", str(seeing)], capture_output=True, text=True)
+    assert not left.stdout
 
 
 def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server, tmp_path, capsys):
@@ -956,28 +799,22 @@ def test_a_run_whose_judge_keeps_failing_stops_and_can_be_resumed(small, server,
 def test_a_step_asks_first_and_waits_last(tmp_path, monkeypatch):
     """One batch for the whole step, sent before the other rewards are computed and awaited after
     them."""
-    events = []
+    events, judge = [], fake(tmp_path, dict(id="#", score=3))
 
-    def noted(name, function):
-        return lambda *args, **rest: events.append(name) or function(*args, **rest)
+    def note(place, name):
+        function = getattr(place, name)
+        noted = lambda *given, **rest: events.append(name) or function(*given, **rest)  # noqa: E731
+        monkeypatch.setattr(place, name, noted)
 
     for name in ("r_psnr", "r_ssim", "r_task", "r_qwen"):
-        monkeypatch.setattr(rewards, name, noted(name, getattr(rewards, name)))
-    judge = fake(tmp_path, dict(id="#", score=3))
-    judge.result = noted("result", judge.result)
-    ask = judge.ask
-
-    def asked(*images):
-        events.append(("ask", *(tuple(i.shape[:-3]) for i in images)))
-        return ask(*images)
-
-    judge.ask = asked
+        note(rewards, name)
+    note(judge, "ask")
+    note(judge, "result")
     reward = rewards.Reward(rewards.parse_terms("default", judge=True))
     restored, (degraded, gt) = torch.rand(2, 3, 3, 32, 32), torch.rand(2, 2, 3, 32, 32)
     with contextlib.closing(judge):
         _, terms = reward(restored, degraded, gt, ["dehaze", "deblur"], judge)
-    first = ("ask", (2,), (2, 3), (2,))
-    assert events == [first, "r_psnr", "r_ssim", "r_task", "r_task", "result", "r_qwen"]
+    assert events == ["ask", "r_psnr", "r_ssim", "r_task", "r_task", "result", "r_qwen"]
     assert terms["qwen"].tolist() == [[0.5] * 3] * 2
 
 

@@ -212,10 +212,7 @@ def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
     red = np.array([100, 0, 0])
     pixels = dict(gt=red, degraded=red * 0, restored=red + [70, 0, 10])
     images = {name: np.full((16, 16, 3), value, np.uint8) for name, value in pixels.items()}
-    request = {
-        name: judges.data_url(torch.from_numpy(image).permute(2, 0, 1))
-        for name, image in images.items()
-    }
+    request = {name: torch.from_numpy(image).permute(2, 0, 1) for name, image in images.items()}
     (reply,) = asked.score([request])
     server.shutdown()
     server.server_close()
@@ -228,7 +225,7 @@ def test_the_exposure_judge_says_how_close_the_mean_luminance_is():
     [
         (dict(data_root="data"), "is no run of the demo model"),
         (dict(tasks=["dehaze"]), "is no run of the demo model"),
-        (dict(), "has no last.pt"),
+        (dict(), "there is no checkpoint"),
         (None, "name folders of arms"),
     ],
 )

@@ -50,49 +50,24 @@ def test_nothing_is_unpickled(small, tmp_path, monkeypatch, capsys):
 def test_names_reach_no_shell(small, photos, tmp_path, monkeypatch, capsys):
     """Images, folders and a judge called as commands are called."""
     monkeypatch.chdir(tmp_path)
-    for i, name in enumerate(
-        [
-            "$(touch pwned).png",
-            "; touch pwned #.png",
-            "`touch pwned`.png",
-            "a b'\"&& touch pwned.png",
-        ]
-    ):
+    names = "$(touch pwned)", "; touch pwned #", "`touch pwned`", "a b'\"&& touch pwned"
+    for i, name in enumerate(f"{name}.png" for name in names):
         write(photos / name, width=64, height=48, seed=i + 9)
         for part in ("input", "target"):
             write(tmp_path / "bench/$(touch pwned)" / part / name, seed=i)
     assert train.main(small("$(touch pwned)", "--steps", 2)) is None
     flags = ["--ckpt", "$(touch pwned)", "--data-root", "bench", "--save-images", "--device", "cpu"]
-    assert (
-        evaluation.main(flags) is None
-        and len(list(Path("$(touch pwned)/images").rglob("*.png"))) == 8
-    )
-    assert (
-        evaluation.main(
-            [
-                "restore",
-                str(photos),
-                "--ckpt",
-                "$(touch pwned)",
-                "--out",
-                "; touch pwned",
-                "--device",
-                "cpu",
-            ]
-        )
-        is None
-    )
+    assert evaluation.main(flags) is None
+    assert len(list(Path("$(touch pwned)/images").rglob("*.png"))) == 8
+    flags = ["restore", str(photos), "--ckpt", "$(touch pwned)", "--out", "; touch pwned"]
+    assert evaluation.main([*flags, "--device", "cpu"]) is None
     Path("; touch pwned; ").mkdir()
-    assert "judge" in fails(
-        capsys,
-        train.main,
-        small("judged", "--judge", "; touch pwned; ", "--judge-args='; touch pwned'"),
-    )
+    flags = small("judged", "--judge", "; touch pwned; ", "--judge-args='; touch pwned'")
+    assert "judge" in fails(capsys, train.main, flags)
     assert not Path("pwned").exists()
     report = Path("$(touch pwned)/report.md").read_text()
-    assert (
-        "'" + str(tmp_path / "$(touch pwned)") + "'" in report
-    )  # the command there can be given to a shell as it stands
+    # the command there can be given to a shell as it stands
+    assert f"'{tmp_path / '$(touch pwned)'}'" in report
 
 
 @pytest.mark.parametrize(
@@ -112,27 +87,18 @@ def png_header(width, height):
     ever."""
 
     def chunk(name, content):
-        return (
-            struct.pack(">I", len(content))
-            + name
-            + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )
+        code = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + code
 
-    rows = zlib.compress(bytes(1 << 20))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", rows)
-        + chunk(b"IEND", b"")
-    )
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+    return b"\x89PNG\r\n\x1a\n" + head + rows + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(20_000, 10_000), (60_000, 60_000), (2**27 + 1, 1)])
 def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", None
-    )  # Pillow's own guard, which any library may have taken off
+    # Pillow's own guard, which any library may have taken off
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "bomb.png").write_bytes(png_header(*size))
 
     def decode(*_):
@@ -140,15 +106,13 @@ def test_absurd_dimensions_are_refused_before_decoding(tmp_path, monkeypatch, si
 
     monkeypatch.setattr(Image.Image, "load", decode)
     for read in (read_image, image_size):
-        with pytest.raises(
-            DataError,
-            match=f"bomb.png .*it claims {size[0]}×{size[1]} px; more than 128 MP are refused",
-        ):
+        claimed = f"bomb.png .*it claims {size[0]}×{size[1]} px; more than 128 MP are refused"
+        with pytest.raises(DataError, match=claimed):
             read(tmp_path / "bomb.png")
     url = "data:image/png;base64," + base64.b64encode(png_header(*size)).decode()
     line = json.dumps(dict(id=1, gt=url, degraded=url, restored=url)).encode()
-    judge = object.__new__(judges.LocalJudge)  # reading needs no model
-    assert "does not hold an image" in judges.score_lines(judge, [(1, line)])[0]["error"]
+    # reading needs no model
+    assert "does not hold an image" in judges.score_lines(None, [(1, line)])[0]["error"]
 
 
 def test_no_image_is_a_program(tmp_path):
