@@ -146,7 +146,9 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         for left in reversed(range(settings.inner_epochs)):
             ratio = (policy.log_prob(restorer, path) - old).exp()  # (B, G)
             surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
-            kl = policy.kl(restorer, reference, path).mean()
+            kl = torch.zeros((), device=ratio.device)
+            if settings.kl_beta:  # it takes a forward of the reference
+                kl = policy.kl(restorer, reference, path).mean()
             likelihood = policy.log_likelihood(restorer, path, batch.gt).mean()  # ℓ
             l1 = ((path.output - batch.gt).abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
             loss = (
