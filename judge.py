@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -645,6 +646,45 @@ class Judge:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
         self.process = None
+
+
+def make_judge(config, folder, stop):
+    """The judge that train.py's --judge asks for, not yet started, in a context that ends it; or of
+    None."""
+    expert = config.expert
+    if expert.judge == "none":
+        return contextlib.nullcontext()
+    batch = config.training.batch_size * config.policy.group_size
+    command = [sys.executable, __file__, f"--parent={os.getpid()}", f"--batch-size={batch}"]
+    command += [f"--mode={expert.judge_mode}", f"--model={expert.judge_model or expert.judge}"]
+    if runs.is_url(expert.judge):
+        # a little less time than we wait for it, so that it can say which request failed
+        timeout = 0.9 * expert.judge_timeout
+        command += [f"--server={expert.judge}", f"--timeout={timeout}", "--device=cpu"]
+    else:
+        command.append(f"--device={expert.judge_device or judge_device(config.device)}")
+    if expert.judge_prompt:
+        command.append(f"--prompt={expert.judge_prompt}")
+    command += shlex.split(expert.judge_args)
+    name = f"judge-{runs.rank()}.log" if runs.rank() else "judge.log"
+    judge = Judge(command, folder / name, expert.judge_timeout, expert.judge_patience, stop.check)
+    return contextlib.closing(judge)
+
+
+def judge_device(device):
+    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside
+    a CPU trainer to the CPU. Raises RunError if there is no such GPU."""
+    if not runs.on_gpu(device):
+        return "cpu"
+    world, taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device(device).index or 0
+    wanted = 0 if world == 1 and taken else world + runs.local_rank()
+    if wanted >= torch.cuda.device_count():
+        raise runs.RunError(
+            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has "
+            f"{torch.cuda.device_count()}: name one with --judge-device ({device} would be shared "
+            "with the training), or a server with --judge"
+        )
+    return f"cuda:{wanted}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tyro
 from pydantic import Field
 
 import grpo
+import mining
 import runs
 import study
 from config import DEMO_MODEL, Expert, Samples, Scoring, Training, parse_over
@@ -115,7 +116,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     """LRPO: mines the samples, trains a copy of the pre-trained restorer by RL on its output.
     Returns the study.State after the last step. The parameters are those of train.post_train."""
     settings = config.policy
-    hard = study.hard_samples(config, run, pretrained, samples)
+    hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
     state, policy = attach(config, pretrained, crops, checkpoint)
     restorer, reference = state.live["model"], pretrained  # π_ref is where it starts
@@ -172,7 +173,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
 def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
     """The controls: the same samples, steps and rates; the output learns from ℓ1 (sft) or from the
     gradient of the reward, which RL does without (reward)."""
-    hard = study.hard_samples(config, run, pretrained, samples)
+    hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
     state, _ = attach(config, pretrained, crops, checkpoint)
     run.start(state, config.objective, shown=dict(psnr="psnr_det"))

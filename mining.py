@@ -4,14 +4,26 @@
 import hashlib
 import os
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import DataError, load_pair, problem_of
+from data import DataError, adair_repeats, load_pair, names_digest, problem_of
 from metrics import psnr
-from runs import RunError, load_json, parallel_map, save_json, say
+from model import model_digest, restore
+from runs import (
+    RunError,
+    gather,
+    load_json,
+    on_gpu,
+    parallel_map,
+    same_everywhere,
+    save_json,
+    say,
+    say_skipped,
+)
 
 LOADED = 16  # on a GPU, so many images in a row are loaded together, and
 BATCH_PIXELS = 1 << 20  # those of one size are restored together, up to so many pixels
@@ -154,3 +166,33 @@ def load_hard(path, digest, samples):
         run = os.path.dirname(path)
         raise RunError(f"images or model changed since {run} began: start a new run")
     return hard
+
+
+def hard_samples(config, run, pretrained, samples):
+    """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
+    digest, path = model_digest(pretrained), run.folder / "hard.json"
+    if gather(path.exists())[0]:
+        hard = load_hard(path, digest, samples)
+    else:
+        pixels = BATCH_PIXELS if on_gpu(config.device) else 0
+        known = known_scores(config.samples.scores, digest)
+        rows, problems = mine(
+            partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
+        )
+        say_skipped(problems)
+        if not rows:
+            where = config.samples.data_root or "the demo's photographs"
+            crop = f"crops of {config.samples.crop} px"
+            raise DataError(f"none of the training images of {where} can be used with {crop}")
+        chosen = select(
+            rows,
+            ratio=config.samples.hard_ratio,
+            mode=config.samples.select,
+            scope=config.samples.hard_scope,
+            seed=config.seed,
+        )
+        hard = save_hard(path, digest, rows, chosen, samples)
+        same_everywhere("set of hard images", names_digest(hard))
+    how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
+    say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
+    return adair_repeats(hard) if config.samples.repeats == "adair" else hard

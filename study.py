@@ -1,13 +1,9 @@
 """What stands around the loop of a method, whichever it is: its samples and its reward, its
 validations, the report of before against after, and the controls that take a part of it away."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import shlex
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +21,6 @@ import rewards
 import runs
 from data import (
     DataError,
-    adair_repeats,
     in_draws,
     is_adair_layout,
     list_training,
@@ -34,12 +29,11 @@ from data import (
     task_names,
     training_table,
 )
-from judge import Judge, JudgeError
+from judge import JudgeError, make_judge
 from metrics import evaluate_image, evaluation_pair, psnr
 from model import CheckpointError, model_digest, model_state, read_checkpoint, restore
 from policy import PolicyError, policy_state
 
-JUDGE = Path(__file__).with_name("judge.py")
 ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeError)
 
 # ----------------------------------------------------------------------------------------- a run
@@ -84,8 +78,14 @@ def train(config, folder, stop, judge, load, method):
     runs.same_everywhere("model or checkpoint", [model_digest(pretrained), step])
 
     folder.mkdir(parents=True, exist_ok=True)
-    if judge:
-        start_judge(judge, val[0], config)
+    if judge:  # what it cannot do shows before anything is computed
+        runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
+        degraded, gt = (
+            F.interpolate(image[None], (config.samples.crop,) * 2)
+            for image in evaluation_pair(val[0])
+        )
+        n = config.training.batch_size
+        judge.start(degraded.repeat(n, 1, 1, 1), gt.repeat(n, 1, 1, 1), config.policy.group_size)
     store_config(config, folder)  # now --resume goes on
     describe_reward(config, reward, folder)
 
@@ -232,56 +232,6 @@ def describe_reward(config, reward, folder):
     runs.save_json(folder / "rewards.json", rows)
 
 
-def make_judge(config, folder, stop):
-    """The judge --judge asks for, not yet started, in a context that ends it; or of None."""
-    expert = config.expert
-    if expert.judge == "none":
-        return contextlib.nullcontext()
-    batch = config.training.batch_size * config.policy.group_size
-    command = [sys.executable, str(JUDGE), f"--parent={os.getpid()}", f"--batch-size={batch}"]
-    command += [f"--mode={expert.judge_mode}", f"--model={expert.judge_model or expert.judge}"]
-    if runs.is_url(expert.judge):
-        # a little less time than we wait for it, so that it can say which request failed
-        timeout = 0.9 * expert.judge_timeout
-        command += [f"--server={expert.judge}", f"--timeout={timeout}", "--device=cpu"]
-    else:
-        command.append(f"--device={expert.judge_device or judge_device(config.device)}")
-    if expert.judge_prompt:
-        command.append(f"--prompt={expert.judge_prompt}")
-    command += shlex.split(expert.judge_args)
-    name = f"judge-{runs.rank()}.log" if runs.rank() else "judge.log"
-    judge = Judge(command, folder / name, expert.judge_timeout, expert.judge_patience, stop.check)
-    return contextlib.closing(judge)
-
-
-def judge_device(device):
-    """Where a trainer's judge goes: behind the trainers' GPUs, rank i's to cuda:(world + i); beside
-    a CPU trainer to the CPU. Raises RunError if there is no such GPU."""
-    if not runs.on_gpu(device):
-        return "cpu"
-    world, taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device(device).index or 0
-    wanted = 0 if world == 1 and taken else world + runs.local_rank()
-    if wanted >= torch.cuda.device_count():
-        raise runs.RunError(
-            f"the judge wants a GPU of its own, cuda:{wanted}, and this machine has "
-            f"{torch.cuda.device_count()}: name one with --judge-device ({device} would be shared "
-            "with the training), or a server with --judge"
-        )
-    return f"cuda:{wanted}"
-
-
-def start_judge(judge, sample, config):
-    """Has it score a batch of a step's size: what it cannot do shows before anything is
-    computed."""
-    runs.say(f"starting the judge {config.expert.judge}, whose log is {judge.log}")
-    n, side = config.training.batch_size, config.samples.crop
-    degraded, gt = (
-        F.interpolate(image[None], (side, side)).repeat(n, 1, 1, 1)
-        for image in evaluation_pair(sample)
-    )
-    judge.start(degraded, gt, config.policy.group_size)
-
-
 def usable_samples(config, side):
     """(training, validation, held-out) samples; prints what the data folder holds of the paper's
     training sets. Those to measure on are decoded once and have `side` px or more a side, those to
@@ -305,41 +255,6 @@ def usable_samples(config, side):
     aside = f"{len(val)} to choose on, {len(held_out)} to report on"
     runs.say(f"training images: {counts}; set aside: {aside}")
     return samples, val, held_out
-
-
-def hard_samples(config, run, pretrained, samples):
-    """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
-    digest, path = model_digest(pretrained), run.folder / "hard.json"
-    if runs.gather(path.exists())[0]:
-        hard = mining.load_hard(path, digest, samples)
-    else:
-        pixels = mining.BATCH_PIXELS if runs.on_gpu(config.device) else 0
-        known = mining.known_scores(config.samples.scores, digest)
-        rows, problems = mining.mine(
-            partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
-        )
-        runs.say_skipped(problems)
-        if not rows:
-            where = config.samples.data_root or "the demo's photographs"
-            raise DataError(
-                f"none of the training images of {where} "
-                f"can be used with crops of {config.samples.crop} px"
-            )
-        chosen = mining.select(
-            rows,
-            ratio=config.samples.hard_ratio,
-            mode=config.samples.select,
-            scope=config.samples.hard_scope,
-            seed=config.seed,
-        )
-        hard = mining.save_hard(path, digest, rows, chosen, samples)
-        runs.same_everywhere("set of hard images", names_digest(hard))
-    runs.say(
-        f"D_hard: {len(hard)} of {len(samples)} training images ({config.samples.select}, ratio "
-        f"{config.samples.hard_ratio}, scope {config.samples.hard_scope}, "
-        f"repeats {config.samples.repeats})"
-    )
-    return adair_repeats(hard) if config.samples.repeats == "adair" else hard
 
 
 def generators_of(config, numbers):

@@ -11,6 +11,7 @@ import sys
 import torch
 
 import grpo
+import mining
 import runs
 import study
 from config import parse
@@ -54,7 +55,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         raise runs.RunError("--rewards qwen goes with --freeze-backbone: the best may be unscored")
 
     # Sec. 3.2: the training images that the pre-trained model restores worst
-    hard = study.hard_samples(config, run, pretrained, samples)
+    hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
 
     # Eq. 4: six heads that start where the pre-trained model is; π_ref stays there
@@ -142,7 +143,7 @@ def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpo
     """The controls: the same samples, steps and rates, no rollouts and no RL. The deterministic
     output learns from L1 (sft), from the gradient of the reward itself, which RL does without
     (reward), or from both (reward+sft). Returns the State after the last step."""
-    hard = study.hard_samples(config, run, pretrained, samples)
+    hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
     state = attach(config, pretrained, crops, checkpoint)
     model, policy = state.live.values()

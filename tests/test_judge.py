@@ -887,14 +887,14 @@ def test_a_resumed_run_keeps_its_kind_of_judge(tmp_path, capsys):
         ("cuda:1", 2, 1, "cuda:3"),
     ],
 )
-def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wanted):
+def test_every_rank_has_a_judge_of_its_own(monkeypatch, tmp_path, device, world, rank, wanted):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    assert train.judge_device(device) == wanted
+    assert judges.judge_device(device) == wanted
     config = parse(["--judge", "m", "--device", "cpu", "--judge-args=--min-pixels 784"])
     config.device = device
-    with train.make_judge(config, runs.Stop()) as judge:
+    with judges.make_judge(config, tmp_path, runs.Stop()) as judge:
         assert f"--device={wanted}" in judge.command
         assert judge.command[-2:] == ["--min-pixels", "784"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -903,4 +903,4 @@ def test_every_rank_has_a_judge_of_its_own(monkeypatch, device, world, rank, wan
             runs.RunError,
             match=f"wants a GPU of its own, {wanted}, and this machine has 1: .*--judge-device",
         ):
-            train.judge_device(device)
+            judges.judge_device(device)

@@ -20,6 +20,7 @@ from conftest import (
 
 import eval as evaluation
 import judge
+import mining
 import runs
 import study
 import train
@@ -139,7 +140,7 @@ def test_reward_ascent_follows_the_gradient_of_the_reward(small, tmp_path):
     folder = tmp_path / "run"
     config = parse(small("again", *flags))
     samples = study.usable_samples(config.samples, 1)[0]
-    hard = study.mining.load_hard(folder / "hard.json", study.model_digest(net), samples)
+    hard = mining.load_hard(folder / "hard.json", mining.model_digest(net), samples)
     degraded, gt, *_ = Crops(hard, config.samples.crop, config.seed)[0]
     (net(degraded[None]).clamp(0, 1) - gt).square().mean().backward()
     moved = load_adair(folder / "last.pt").output.weight - net.output.weight
@@ -239,7 +240,7 @@ def test_a_data_folder_is_counted_and_repeated_as_adair_does(small, tmp_path, ca
             folder = tmp_path / f"{select}-{repeats}"
             folder.mkdir()
             with runs.Run(folder, runs.Stop(), "") as run:
-                found = study.hard_samples(config, run, small_adair(), samples)
+                found = mining.hard_samples(config, run, small_adair(), samples)
             images = 4 if select == "all" else 1  # of 4 that are not set aside
             assert {t: sum(s.task == t for s in found) for t in times} == {
                 t: images * n for t, n in times.items()
