@@ -60,7 +60,7 @@ class Config:
     out: str = "runs/headroom"
     """folder of headroom.md and headroom.csv"""
     seed: runs.Count = 0
-    """of the sampled actions and the training crops"""
+    """of the sampled actions, the heads and the training crops"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
 
@@ -206,6 +206,7 @@ def measure(config):
     if not (crops and training.samples):
         raise DataError(f"no image of {config.data_root} can be used with --crop {config.crop}")
 
+    torch.manual_seed(config.seed)
     policy = policy_for(model).to(config.device)
     generator = torch.Generator(config.device).manual_seed(config.seed)
     found = []
