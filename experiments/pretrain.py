@@ -49,9 +49,11 @@ from model import (
 NEW_MODEL = dict(dim=48, blocks=(4, 6, 6, 8), refinement=4)  # Table 6
 RATE = 0.25  # its constant r_h, r_l
 WARM_UP = 200  # steps
+EMA = 0.999  # decay of the averaged weights, less while there are few
 TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.8}  # what is a little dark or hazy may be meant so
+REAL = 0.5  # share of real pairs in the crops of a task that has real and synthesised ones
 PALE = 0.25  # share of truths whose black is raised
 NEVER_PALE = ("dehaze", "lowlight")  # tasks for which black has to stay black
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
@@ -61,8 +63,6 @@ CYCLE = (
     "dehaze deblur lowlight camera"
 )
 FIXED = "data_root photos val_list init seed".split()  # and the model, within a run
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass
@@ -98,25 +98,17 @@ class Config:
     """Adam's rate, for what is no matrix"""
     muon_lr: runs.NotNegative = 1e-2
     """Muon's rate, for 1×1 convolutions"""
-    ema: Share = 0.999
-    """decay of the averaged weights; of n updates at most (1 + n) / (10 + n)"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
-    drop_skip: Share = 0.3
+    drop_skip: Annotated[float, Field(ge=0, le=1)] = 0.3
     """chance that an image loses a level's skip connection, so that the level below has to restore
     it alone: else the deep levels, and with them the gates, fall silent early"""
-    real: Share = 0.5
-    """share of real pairs in the crops of a task that has real and synthesised ones"""
     rooms: tuple[Literal[tuple(TASKS)], ...] = ()
     """tasks whose real pairs show what others lack, as dehaze lowlight deblur: their truths become
     photographs for all tasks, and blurred frames for all but blur; where rooms stand under haze
     alone, a blurred white wall is taken for haze"""
     eval_every: runs.Positive = 2000
     """steps between validations"""
-    save_every: runs.Positive = 100
-    """steps between checkpoints"""
-    amp: Literal["fp32", "bf16"] = "fp32"
-    """bf16: bfloat16 autocast, for GPUs"""
     workers: runs.Workers | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
     max_minutes: runs.AboveZero | None = None
@@ -159,9 +151,8 @@ class VariedCrops(Crops):
     """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs, a
     new degradation every time, of any strength, in varied exposure and colour."""
 
-    def __init__(self, samples, crop, seed, cycle, real=0.5):
+    def __init__(self, samples, crop, seed, cycle):
         super().__init__(samples, crop, seed)
-        self.real = real
         photos = {s.gt: s for s in samples if not s.degraded}
         self.cycle, self.kinds = cycle, {"camera": [list(photos.values())]}
         for task in TASKS:
@@ -183,7 +174,7 @@ class VariedCrops(Crops):
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
         task = self.cycle[n % len(self.cycle)]
-        kind = self.kinds[task][-1 if rng.random() < self.real else 0]
+        kind = self.kinds[task][-1 if rng.random() < REAL else 0]
         sample = kind[rng.integers(len(kind))]
         pair = [self.read(file, sample.box) for file in sample.files]
         top, left = self.corner(sample, pair[0], rng)
@@ -365,7 +356,7 @@ def pretrain(config, stop):
     """Trains, and prints what the averaged weights gain on the validation images."""
     net = make_model(config).train().to(config.device, memory_format=torch.channels_last)
     samples, val = find_samples(config, stop)
-    averaged, optimizers = runs.averaged(net, config.ema), optimizers_of(net, config)
+    averaged, optimizers = runs.averaged(net, EMA), optimizers_of(net, config)
 
     def crop_and_size(step):  # each crop in turn, as many pixels a step
         crop = config.crop[step // TURN % len(config.crop)]
@@ -380,18 +371,10 @@ def pretrain(config, stop):
     if (folder / "last.pt").exists():
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
-    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle, config.real)
-    kind, is_half = torch.device(config.device).type, config.amp == "bf16"
+    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle)
 
-    with runs.Run(
-        folder,
-        stop,
-        "the same command",
-        device=config.device,
-        workers=config.workers,
-        save_every=config.save_every,
-        failures=(DataError, CheckpointError),
-    ) as run:
+    again = "the same command"
+    with runs.Run(folder, stop, again, config.device, config.workers, failures=(DataError,)) as run:
         run.start(state, "pretrain", shown=dict(l1="loss/total"), steps=config.steps)
         while state.step < config.steps:
             crops.crop, size = crop_and_size(state.step)
@@ -403,10 +386,8 @@ def pretrain(config, stop):
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
                     optimizer.param_groups[0]["lr"] = lr * factor
                 rngs = [np.random.default_rng((config.seed, n, 2)) for n in batch.numbers]
-                with torch.autocast(kind, torch.bfloat16, enabled=is_half):
-                    encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
-                    restored = net.decode(encoding)
-                loss = (restored - batch.gt).abs().mean()
+                encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
+                loss = (net.decode(encoding) - batch.gt).abs().mean()
                 net.zero_grad()
                 loss.backward()
                 run.update(optimizers, loss, {"crop": crops.crop}, max_norm=1.0)

@@ -161,16 +161,6 @@ def check_same(rows, key, by, how):
 # --------------------------------------------------------------------------------------- intervals
 
 
-def in_cells(rows, key):
-    """The gains of every (task, seed, photo), draws averaged: a Series."""
-    return rows.groupby(["task", "seed", "photo"], sort=False)[key].mean()
-
-
-def mean_of_tasks(rows, key):
-    """The mean over tasks of each task's mean over seeds and photographs."""
-    return in_cells(rows, key).groupby("task").mean().mean()
-
-
 def interval(rows, key, over=("seed", "photo")):
     """(mean, low, high) at 95 % of the mean over tasks of rows[key]: what it may be for other seeds
     and other photographs, or for others of what `over` names. rows: with task, seed and photo. NaN
@@ -182,7 +172,8 @@ def interval(rows, key, over=("seed", "photo")):
     a photograph go all its tasks. Both are added. (What is peculiar to a photograph under a seed is
     counted twice, which is on the safe side.) Student's t has Satterthwaite's degrees of freedom.
     """
-    cells = in_cells(rows, key).rename("gain").reset_index()
+    cells = rows.groupby(["task", "seed", "photo"], sort=False)[key].mean()  # over draws
+    cells = cells.rename("gain").reset_index()
     of_tasks = cells.groupby("task")
     off = cells["gain"] - of_tasks["gain"].transform("mean")
     off = off / of_tasks["gain"].transform("size") / of_tasks.ngroups
@@ -235,7 +226,7 @@ def overall(title, rows):
         line += [shown(key, *interval(of_arm, key)) for key in keys]
         for hard in parts.values():
             part = of_arm[of_arm["hard"] == hard]
-            line += [shown(key, mean_of_tasks(part, key)) for key in ("psnr", "reward")]
+            line += [shown(key, interval(part, key)[0]) for key in ("psnr", "reward")]
         lines.append(line)
     return report.markdown(head, lines)
 

@@ -137,7 +137,7 @@ def pretraining(photos, tmp_path):
 
     def flags(name, *more):
         size = "--crop 16 32 --batch-size 4 --steps 28 --decay 1".split()
-        size += "--save-every 1000 --device cpu".split()
+        size += ["--device", "cpu"]
         base = ["--data-root", photos, "--out", tmp_path / name, *size]
         return [str(flag) for flag in (*base, *more)]
 
@@ -178,7 +178,7 @@ def test_the_first_loss_without_skips_is_that_of_the_latent_alone(pretraining, t
     pretrain.main(flags)
     (row,), config = logged(tmp_path / "p"), pretrain.Config(data_root=flags[1], crop=(16, 32))
     net, (samples, _) = load_adair(init), pretrain.find_samples(config, None)
-    crops = pretrain.VariedCrops(samples, 32, 0, config.cycle, config.real)
+    crops = pretrain.VariedCrops(samples, 32, 0, config.cycle)
     crops.crop = 16
     batch = crops.collate([crops[0]])
     x, *skips, latent = net.encode(batch.degraded)

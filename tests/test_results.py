@@ -50,13 +50,12 @@ def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
     run = tmp_path / "a/0"
     write_report(run, lambda photo, task, draw: (task == "rain") + 0.2 * (draw == "#2"))
     rows = collected(tmp_path)
-    cells = tables.in_cells(rows, "psnr")
-    assert cells["rain"].tolist() == pytest.approx([1.1] * 3)
-    assert cells["haze"].tolist() == pytest.approx([0.1] * 3)
+    *_, gains = tables.per_task(rows, "psnr").splitlines()
+    assert gains.split()[3::2] == ["+1.100", "+0.100"]
     mean, low, high = tables.interval(rows, "psnr")
     assert mean == pytest.approx(0.6) and np.isnan([low, high]).all()  # of one seed
     hard = rows[rows["hard"] == 1]
-    assert len(hard) == 1 and tables.mean_of_tasks(hard, "psnr") == 1
+    assert len(hard) == 1 and tables.interval(hard, "psnr")[0] == 1
 
 
 def test_the_interval_is_that_of_a_normal_mean():
