@@ -12,6 +12,7 @@ is what the tests hold the fast code to.
 import contextlib
 import copy
 import gc
+import itertools
 import os
 import statistics
 import sys
@@ -33,7 +34,7 @@ import runs
 import study
 import train
 from config import DEMO_MODEL, parse
-from data import DataError, in_draws, list_training
+from data import DataError, list_training
 from grpo import rollout
 from model import AdaIR, CheckpointError, load_adair
 from rewards import Reward, parse_terms
@@ -51,18 +52,14 @@ class Config:
     """px a side, of the step"""
     group_size: runs.Positive = 4
     """G, of the step"""
-    batch_size: runs.Positive = 1
-    """images, of the step"""
-    device: str = runs.default_device()
-    """cpu, cuda, cuda:1, …"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast, on our side alone"""
     sizes: tuple[runs.MultipleOf8, ...] = (256, 512)
     """px a side, of inference"""
     repeats: runs.Positive = 5
     """timings of which the median is taken"""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """of weights, crops and actions"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, on our side alone"""
+    device: str = runs.default_device()
+    """cpu, cuda, cuda:1, …"""
 
 
 # ------------------------------------------------------------------------- AdaIR, written plainly
@@ -191,40 +188,39 @@ def plain_step(restore, policy, reference, reward, batch, actions, beta=0.04, ta
 # --------------------------------------------------------------------------------------- measuring
 
 
-def now(device):
-    """Seconds, when the device has done what it was asked for."""
-    gc.collect()
-    if runs.on_gpu(device):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @contextlib.contextmanager
-def peak_memory(device, peaks):
-    """Appends the MiB of tensors that the block holds at its height, beyond what was held before:
-    not weights and Adam's moments, which it is the caller's to have, with no gradients left over.
-    (A process takes more than its tensors.)"""
+def measured(config, taken):
+    """Appends to `taken` the seconds that the block takes; at the last of its turns, after a
+    warm-up and config.repeats, the MiB of tensors that it holds at its height, beyond what was held
+    before. (A process takes more than its tensors.)"""
     gc.collect()
-    if runs.on_gpu(device):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if len(taken) <= config.repeats:
+        start = time.perf_counter()
         yield
-        peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        if runs.on_gpu(config.device):
+            torch.cuda.synchronize(config.device)
+        taken.append(time.perf_counter() - start)
         return
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
         yield
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    peaks.append(peak / 2**20)
+    events.sort(key=lambda event: event.start_ns())
+    taken.append(max(itertools.accumulate(event.nbytes() for event in events)) / 2**20)
+
+
+def line(name, ours, plain, difference):
+    """A line of the table from what `measured` took of both sides."""
+    seconds = [1000 * statistics.median(taken[1:-1]) for taken in (ours, plain)]
+    cells = [name]
+    for a, b in (seconds, (ours[-1], plain[-1])):
+        cells += [f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"]
+    return [*cells, difference]
 
 
 def gradients(*modules):
     named = (pair for module in modules for pair in module.named_parameters())
-    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return {name: p.grad for name, p in named if p.grad is not None}
 
 
 def distance(ours, plain):
@@ -234,90 +230,66 @@ def distance(ours, plain):
     return (difference / torch.stack([g.norm() for g in plain.values()]).norm()).item()
 
 
-class TimedRun(runs.Run):
-    """A run whose loop is given one batch again and again. In turns with it the plain step is timed
-    on the same batch. Leaves seconds, MiB, loss and gradient of both, [ours, plain] each."""
-
-    def __init__(self, folder, config, flags, reward):
-        super().__init__(folder, runs.Stop(), "", config.device, save_every=1 << 60)
-        self.config, self.flags, self.reward = config, flags, reward
-        self.times, self.peaks = ([], []), []
+class Turns(runs.Run):
+    """A run whose loop is given one batch again and again, in turns with the plain step on it.
+    Leaves what `measured` took of both, their losses and their gradients, [ours, plain] each."""
 
     def batches(self, crops, size, until=None):
-        state, device = self.state, self.device
-        model, policy = state.live.values()
-        for parameter in state.reference.parameters():  # else the KL and its gradient are 0
+        model, policy = self.state.live.values()
+        reference = self.state.reference
+        for parameter in reference.parameters():  # else the KL and its gradient are 0
             parameter.data += 0.02 * torch.randn_like(parameter)
         self.crops = 0  # so that the state stays what it is
         batch = crops.collate([crops[n] for n in range(size)])
-        degraded, gt = (t.to(device, model.output.weight.dtype) for t in (batch.degraded, batch.gt))
+        degraded, gt = (t.to(model.output.weight) for t in (batch.degraded, batch.gt))
         batch, self.names = batch._replace(degraded=degraded, gt=gt), batch.names
         with torch.no_grad(), train.half_precision(self.flags):
             generators = study.generators_of(self.flags, batch.numbers)
-            encoding = model.encode(degraded)
-            group = rollout(model, policy, encoding, self.config.group_size, generators)
+            group_size, encoding = self.config.group_size, model.encode(degraded)
+            actions = rollout(model, policy, encoding, group_size, generators).actions
 
         # in the layout that plain layers happen to return
         plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         heads = copy.deepcopy(policy)
         optimizer = torch.optim.Adam([*plain.parameters(), *heads.parameters()], lr=0.0, fused=True)
+        restore = partial(plain_adair, plain)
 
-        def step():
-            optimizer.zero_grad()
-            restore = partial(plain_adair, plain)
-            loss = plain_step(
-                restore,
-                heads,
-                state.reference,
-                self.reward,
-                batch,
-                group.actions,
-                eps=self.flags.policy.advantage_eps,
-            )
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        for _ in range(self.config.repeats + 1):  # the first are slower
-            start = now(device)
-            yield batch
-            between = now(device)
-            plain_loss = step()
-            self.times[0].append(between - start)
-            self.times[1].append(now(device) - between)
-        logged = next(runs.read_metrics(self.folder))["loss/total"]
-        self.losses = logged, plain_loss
-        self.gradients = gradients(model, policy), gradients(plain, heads)
-        state.live.zero_grad()
-        optimizer.zero_grad()  # no gradient is left over
-        with peak_memory(device, self.peaks):
-            yield batch
-        with peak_memory(device, self.peaks):
-            step()
+        self.taken = [], []
+        for _ in range(self.config.repeats + 2):
+            with measured(self.config, self.taken[0]):
+                yield batch
+            with measured(self.config, self.taken[1]):
+                loss = plain_step(restore, heads, reference, self.reward, batch, actions)
+                loss.backward()
+                optimizer.step()
+            self.losses = next(runs.read_metrics(self.folder))["loss/total"], loss.item()
+            self.gradients = gradients(model, policy), gradients(plain, heads)
+            self.state.live.zero_grad(), optimizer.zero_grad()
 
 
 def time_step(config, model):
-    """The loop of `train.post_train` at rates of 0, on real crops: the TimedRun, when it is
+    """The loop of `train.post_train` at rates of 0, on a real crop: the `Turns`, when they are
     over."""
-    flags = ["--lr", 0, "--hard-ratio", 1, "--device", config.device, "--seed", config.seed]
-    flags += ["--crop", config.crop, "--group-size", config.group_size]
-    flags += ["--batch-size", config.batch_size, "--amp", config.dtype]
+    flags = ["--lr", 0, "--hard-ratio", 1, "--batch-size", 1, "--device", config.device]
+    flags += ["--crop", config.crop, "--group-size", config.group_size, "--amp", config.dtype]
+    flags += ["--advantage-eps", 1e-6]
     flags = parse([str(flag) for flag in flags])
-    samples = in_draws(list_training(None).train, 6)[::9]  # of all tasks
     reward = Reward(parse_terms("default"), config.device)
+    samples = list_training(None, tasks=["dehaze"]).train[:1]  # where the rewards differ
     talk = contextlib.redirect_stdout(sys.stderr)  # what a run says is no figure
     with tempfile.TemporaryDirectory() as folder, talk:
-        with TimedRun(folder, config, flags, reward) as run:
-            train.post_train(flags, run, model, reward, samples[: config.batch_size], [])
+        with Turns(folder, runs.Stop(), "", config.device, save_every=1 << 60) as run:
+            run.config, run.flags, run.reward = config, flags, reward
+            train.post_train(flags, run, model, reward, samples, [])
     return run
 
 
-# ---------------------------------------------------------------------------------- what is timed
+# ------------------------------------------------------------------------------------- the program
 
 
 def build(config):
     """The model of --model, on its device, in eval mode."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(0)
     if config.model == "demo":
         model = load_adair(DEMO_MODEL)
     else:
@@ -332,57 +304,33 @@ def bench_step(config):
     run = time_step(config, build(config))
     loss = abs(run.losses[0] / run.losses[1] - 1)
     difference = f"loss {loss:.0e}, gradient {distance(*run.gradients):.0e}"
-    name = f"step, crop {config.crop}, G = {config.group_size}, B = {config.batch_size}"
-    return line(name, run.times, run.peaks, difference)
+    return line(f"step, crop {config.crop}, G = {config.group_size}", *run.taken, difference)
 
 
 @torch.inference_mode()
 def bench_inference(config, side):
     """AdaIR's forward against the plain one's, without graph: a line of the table."""
-    device = config.device
-    half = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.dtype == "bf16")
     model, plain = build(config), build(config).to(memory_format=torch.contiguous_format)
-    both = half(model), partial(plain_adair, plain)
-    x, times, peaks = torch.rand(1, 3, side, side, device=device), ([], []), []
-    for _ in range(config.repeats + 1):  # the first are slower
-        for restore, taken in zip(both, times):
-            start = now(device)
-            restored = restore(x)
-            taken.append(now(device) - start)
-    for restore in both:
-        with peak_memory(device, peaks):
-            restore(x)
-    difference = (both[0](x) - restored).abs().max().item()
-    return line(f"forward at {side} px", times, peaks, f"{difference:.0e}")
-
-
-def line(name, times, peaks, difference):
-    """A line of the table from seconds, the first of a warm-up, and MiB, each of ours and plain."""
-    ours, plain = (1000 * statistics.median(taken[1:]) for taken in times)
-    cells = [f"{ours:.0f}", f"{plain:.0f}", f"{plain / ours:.2f}"]
-    return [
-        name,
-        *cells,
-        *(f"{mib:.0f}" for mib in peaks),
-        f"{peaks[1] / peaks[0]:.2f}",
-        difference,
-    ]
+    x, taken = torch.rand(1, 3, side, side, device=config.device), ([], [])
+    kind, is_half = torch.device(config.device).type, config.dtype == "bf16"
+    for _ in range(config.repeats + 2):
+        with measured(config, taken[0]), torch.autocast(kind, torch.bfloat16, enabled=is_half):
+            restored = model(x)
+        with measured(config, taken[1]):
+            wanted = plain_adair(plain, x)
+    return line(f"forward at {side} px", *taken, f"{(restored - wanted).abs().max():.0e}")
 
 
 def run_program(argv):
-    """The program with these flags."""
     config = runs.flags(Config, "experiments.bench", __doc__, argv)
     runs.check_device(config.device)
-    rows = []
-    if config.what != "inference":
-        rows.append(bench_step(config))
-    if config.what != "step":
-        rows += [bench_inference(config, side) for side in config.sizes]
-    threads = f"{torch.get_num_threads()} CPU threads"
-    on_gpu = runs.on_gpu(config.device)
-    where = torch.cuda.get_device_name(config.device) if on_gpu else threads
+    rows = [bench_step(config)] if config.what != "inference" else []
+    rows += [bench_inference(config, s) for s in config.sizes if config.what != "step"]
+    where = f"{torch.get_num_threads()} CPU threads"
+    if runs.on_gpu(config.device):
+        where = torch.cuda.get_device_name(config.device)
     print(f"model {config.model}, {config.dtype}, {where}, torch {torch.__version__}, ", end="")
-    print(f"seed {config.seed}, medians of {config.repeats}\n")
+    print(f"medians of {config.repeats}\n")
     head = ["", "ours, ms", "plain, ms", "ratio", "ours, MiB", "plain, MiB", "ratio"]
     print(report.markdown([*head, "difference"], rows))
 

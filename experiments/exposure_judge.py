@@ -33,15 +33,11 @@ def closeness(restored, gt):
 def completion(share):
     """An answer whose score has the expectation 1 + 4·share: 5 with this probability, else 1."""
     likely = {"1": math.log(max(1 - share, 1e-9)), "5": math.log(max(share, 1e-9))}
-    digit = max(likely, key=likely.get)
     top = [dict(token=token, logprob=value) for token, value in likely.items()]
-    tokens = [
-        dict(token="<Score>", logprob=0.0, top_logprobs=[]),
-        dict(token=digit, logprob=likely[digit], top_logprobs=top),
-        dict(token="</Score>", logprob=0.0, top_logprobs=[]),
-    ]
-    message = dict(role="assistant", content=f"<Score>{digit}</Score>")
-    return dict(choices=[dict(message=message, logprobs=dict(content=tokens))])
+    digit = max(top, key=lambda of_token: of_token["logprob"]) | dict(top_logprobs=top)
+    start, end = (dict(token=t, logprob=0.0, top_logprobs=[]) for t in ("<Score>", "</Score>"))
+    message = dict(role="assistant", content=f"<Score>{digit['token']}</Score>")
+    return dict(choices=[dict(message=message, logprobs=dict(content=[start, digit, end]))])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,12 +53,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(completion(closeness(restored, gt)))
 
     def reply(self, answer):
-        body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *args):
         pass

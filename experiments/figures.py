@@ -2,8 +2,10 @@
 
 import report
 
-PANELS = (("psnr", 1, "PSNR gain (dB)"), ("reward", 1e4, "reward gain (1e-4)"))
+TITLES = {"psnr": "PSNR gain (dB)", "reward": "reward gain (1e-4)"}
+SCALES = {"psnr": 1, "reward": 1e4}
 WINDOW = 40  # steps; D_hard of the demo is passed over in 49
+LINES = dict(colormap="tab20", legend=False, fontsize=8)
 
 
 def save(figure, path):
@@ -12,16 +14,16 @@ def save(figure, path):
     report.pyplot().close(figure)
 
 
-def gains(path, arms):
-    """The gains of every arm; arms: {arm: {key: interval (mean, low, high)}}."""
-    figure, axes = report.pyplot().subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1), sharey=True)
-    for axis, (key, scale, title) in zip(axes, PANELS):
-        for y, intervals in enumerate(arms.values()):
-            mean, low, high = (scale * value for value in intervals[key])
-            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{y % 10}")
+def gains(path, intervals):
+    """The gains of every arm; intervals: {key: {arm: (mean, low, high)}}."""
+    height = 0.3 * len(intervals["psnr"]) + 1
+    figure, axes = report.pyplot().subplots(1, 2, figsize=(9, height), sharey=True)
+    for axis, (key, of_arms) in zip(axes, intervals.items()):
+        for arm, (mean, low, high) in of_arms.items():
+            mean, below, above = (SCALES[key] * v for v in (mean, mean - low, high - mean))
+            axis.errorbar(mean, arm, xerr=[[below], [above]], fmt="o")
         axis.axvline(0, color="black", linewidth=0.5)
-        axis.set_xlabel(title)
-    axes[0].set_yticks(range(len(arms)), arms)
+        axis.set_xlabel(TITLES[key])
     axes[0].invert_yaxis()
     save(figure, path)
 
@@ -29,14 +31,11 @@ def gains(path, arms):
 def curves(path, rows):
     """Gains on the validation images over the steps, means over seeds; rows: of validation.csv."""
     figure, axes = report.pyplot().subplots(1, 2, figsize=(9, 3.5))
-    means = rows[rows["task"] == "mean"]
-    for axis, (key, scale, title) in zip(axes, PANELS):
-        for i, (arm, of_arm) in enumerate(means.groupby("arm", sort=False)):
-            values = scale * of_arm.groupby("step")[key].mean()
-            axis.plot(values, "-" if i < 10 else "--", color=f"C{i % 10}", label=arm)
+    rows = rows[rows["task"] == "mean"]
+    for axis, (key, title) in zip(axes, TITLES.items()):
+        means = rows.pivot_table(index="step", columns="arm", values=key, sort=False)
+        (SCALES[key] * means).plot(ax=axis, ylabel=f"validation: {title}", **LINES)
         axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_xlabel("step")
-        axis.set_ylabel(f"validation: {title}")
     axes[1].legend(fontsize=6)
     save(figure, path)
 
@@ -48,21 +47,16 @@ def training(path, rows):
     and over WINDOW steps, to the end of the shortest arm. rows: of training.csv; an arm is left out
     that lacks a reward at some step."""
     rows = rows[rows["reward"].notna().groupby(rows["arm"]).transform("all")]
-    shared = rows.groupby("seed")["arm"].transform("nunique") == rows["arm"].nunique()
-    rows = rows[shared]
-    keys = dict(index="step", columns="arm", sort=False)
-    losses, rewards = (
-        rows.pivot_table(values=key, **keys).dropna() for key in ("loss/total", "reward")
-    )
-    if len(rewards) < WINDOW:
+    rows = rows[rows.groupby("seed")["arm"].transform("nunique") == rows["arm"].nunique()]
+    means = rows.pivot_table(index="step", columns="arm", sort=False).dropna()
+    if len(means) < WINDOW:
         return
-    panels = {"total loss": losses, "reward mean": rewards}
-    panels["reward mean, against the arms' mean"] = rewards.sub(rewards.mean(axis=1), axis=0)
+    panels = {"total loss": means["loss/total"], "reward mean": means["reward"]}
+    against = means["reward"].sub(means["reward"].mean(axis=1), axis=0)
+    panels["reward mean, against the arms' mean"] = against
     figure, axes = report.pyplot().subplots(1, 3, figsize=(12, 3.5))
+    label = f"step (mean of the last {WINDOW}, {rows['seed'].nunique()} seed(s))"
     for axis, (title, of_arms) in zip(axes, panels.items()):
-        for i, (arm, values) in enumerate(of_arms.rolling(WINDOW).mean().items()):
-            axis.plot(values, "-" if i % 2 else "--", color=f"C{i % 10}", label=arm)
-        axis.set_xlabel(f"step (mean of the last {WINDOW}, {rows['seed'].nunique()} seed(s))")
-        axis.set_title(title, fontsize=9)
+        of_arms.rolling(WINDOW).mean().plot(ax=axis, title=title, xlabel=label, **LINES)
     axes[1].legend(fontsize=6)
     save(figure, path)

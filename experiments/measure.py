@@ -14,7 +14,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import rewards
 import runs
 from config import DEMO_MODEL
 from data import list_training
@@ -22,12 +21,11 @@ from eval import load
 from experiments.exposure_judge import closeness, mean_luminance
 from metrics import evaluate_image
 from model import CheckpointError, load_pretrained, restore
+from rewards import Reward, parse_terms
 
 
-def measure(samples, restoring):
+def measure(reward, samples, restoring):
     """A row for every sample, as restoring(image) gives it."""
-    reward = rewards.Reward(rewards.parse_terms("default"))
-
     rows = []
     for sample in tqdm(samples, leave=False):
         row, restored, gt = evaluate_image(restoring, sample)
@@ -44,22 +42,22 @@ def run_program(arms):
         raise runs.RunError("name folders of arms, which hold SEED/report.json")
     runs.check_device("cpu")
     demo, pretrained = list_training(None), load_pretrained(DEMO_MODEL, "fraction")
-    parts, before = {"": demo.held_out, "val_": demo.val}, {}
+    reward, before = Reward(parse_terms("default")), {}
     for path in paths:
         config = runs.load_json(path.parent / "config.json")
-        of_demo = (
-            Path(config["init"]).name == DEMO_MODEL.name and not config["samples"]["data_root"]
-        )
-        if not of_demo or config["samples"]["tasks"]:
+        is_demo = Path(config["init"]).name == DEMO_MODEL.name
+        if not is_demo or config["samples"]["data_root"] or config["samples"]["tasks"]:
             raise runs.RunError(f"{path.parent} is no run of the demo model on all of its tasks")
         stored, (restoring, _) = runs.load_json(path), load(path.parent, "cpu")
-        for part, samples in parts.items():
-            if "exposure" not in stored.get(f"{part}after", [{}])[0]:
-                if part not in before:
-                    before[part] = measure(samples, partial(restore, pretrained))
-                stored[f"{part}before"] = before[part]
-                stored[f"{part}after"] = measure(samples, restoring)
-                runs.save_json(path, stored)
+        for part, samples in {"": demo.held_out, "val_": demo.val}.items():
+            if "exposure" in stored.get(f"{part}after", [{}])[0]:
+                continue
+            before[part] = before.get(part) or measure(
+                reward, samples, partial(restore, pretrained)
+            )
+            stored |= {f"{part}before": before[part]}
+            stored |= {f"{part}after": measure(reward, samples, restoring)}
+            runs.save_json(path, stored)
         print(path, flush=True)
 
 

@@ -8,7 +8,6 @@ model.pt, is an average of the weights.
 Killed, the same command goes on where it stopped (bit for bit on the same machine).
 """
 
-import dataclasses
 import math
 import re
 import sys
@@ -38,7 +37,6 @@ from data import (
 from degradations import camera, quantise
 from metrics import evaluation_pair, psnr
 from model import (
-    EMPTY_RATE,
     AdaIR,
     CheckpointError,
     Encoding,
@@ -48,28 +46,23 @@ from model import (
     restore,
 )
 
-NEW_MODEL = dict(dim=48, blocks=(4, 6, 6, 8), refinement=4, rate=0.25)  # Table 6
+NEW_MODEL = dict(dim=48, blocks=(4, 6, 6, 8), refinement=4)  # Table 6
+RATE = 0.25  # its constant r_h, r_l
 WARM_UP = 200  # steps
+EMA = 0.999  # decay of the averaged weights, less while there are few
 TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
-# of a degradation: what is a little dark or hazy may be meant so
-WEAKEST = {"lowlight": 0.8, "dehaze": 0.8}
+WEAKEST = {"lowlight": 0.8, "dehaze": 0.8}  # what is a little dark or hazy may be meant so
+REAL = 0.5  # share of real pairs in the crops of a task that has real and synthesised ones
 PALE = 0.25  # share of truths whose black is raised
 NEVER_PALE = ("dehaze", "lowlight")  # tasks for which black has to stay black
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
-VALIDATED = ["input", "gain", "pale gain", "truth", "pale truth"]  # dB
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
     "denoise15 derain dehaze deblur denoise25 derain lowlight dehaze deblur denoise50 derain "
     "dehaze deblur lowlight camera"
 )
-# Whoever goes on with a run may change these.
-FREE = (
-    "out cycle crop batch_size ema steps decay eval_every save_every workers device lr muon_lr "
-    "max_minutes amp real rooms drop_skip"
-).split()
-
-Share = Annotated[float, Field(ge=0, le=1)]
+FIXED = "data_root photos val_list init seed".split()  # and the model, within a run
 
 
 @dataclass
@@ -93,10 +86,6 @@ class Config:
     """its transformer blocks (Table 6: 4 6 6 8)"""
     refinement: runs.Positive | None = None
     """its refinement blocks (Table 6: 4)"""
-    rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """its constant r_h, r_l under --mask-rule fraction (0.25)"""
-    mask_rule: Literal["fraction", "adair"] = "fraction"
-    """how rates become masks"""
     crop: tuple[runs.MultipleOf8, ...] = (128, 176)
     """px, in turn"""
     batch_size: runs.Positive = 2
@@ -109,25 +98,17 @@ class Config:
     """Adam's rate, for what is no matrix"""
     muon_lr: runs.NotNegative = 1e-2
     """Muon's rate, for 1×1 convolutions"""
-    ema: Share = 0.999
-    """decay of the averaged weights; of n updates at most (1 + n) / (10 + n)"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
-    drop_skip: Share = 0.3
+    drop_skip: Annotated[float, Field(ge=0, le=1)] = 0.3
     """chance that an image loses a level's skip connection, so that the level below has to restore
     it alone: else the deep levels, and with them the gates, fall silent early"""
-    real: Share = 0.5
-    """share of real pairs in the crops of a task that has real and synthesised ones"""
     rooms: tuple[Literal[tuple(TASKS)], ...] = ()
     """tasks whose real pairs show what others lack, as dehaze lowlight deblur: their truths become
     photographs for all tasks, and blurred frames for all but blur; where rooms stand under haze
     alone, a blurred white wall is taken for haze"""
     eval_every: runs.Positive = 2000
     """steps between validations"""
-    save_every: runs.Positive = 100
-    """steps between checkpoints"""
-    amp: Literal["fp32", "bf16"] = "fp32"
-    """bf16: bfloat16 autocast, for GPUs"""
     workers: runs.Workers | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
     max_minutes: runs.AboveZero | None = None
@@ -136,16 +117,6 @@ class Config:
     """of weights and crops"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
-
-
-def check(config):
-    """Raises RunError, in one sentence, for values that cannot work."""
-    if config.decay > config.steps:
-        raise runs.RunError(f"--decay is {config.decay}; it must be at most --steps")
-    runs.check_device(config.device)
-    given = [name for name in NEW_MODEL if getattr(config, name) is not None]
-    if config.init and given:
-        raise runs.RunError(f"--{given[0]} goes with a new model: that of --init brings its own")
 
 
 # ------------------------------------------------------------------------------------------- crops
@@ -180,9 +151,8 @@ class VariedCrops(Crops):
     """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs, a
     new degradation every time, of any strength, in varied exposure and colour."""
 
-    def __init__(self, samples, crop, seed, cycle, real=0.5):
+    def __init__(self, samples, crop, seed, cycle):
         super().__init__(samples, crop, seed)
-        self.real = real
         photos = {s.gt: s for s in samples if not s.degraded}
         self.cycle, self.kinds = cycle, {"camera": [list(photos.values())]}
         for task in TASKS:
@@ -190,8 +160,8 @@ class VariedCrops(Crops):
                 [s for s in samples if s.task == task and bool(s.degraded) == k] for k in (0, 1)
             ]
             self.kinds[task] = [kind for kind in kinds if kind]
-        files = dict.fromkeys((f, s.box) for s in samples for f in (s.gt, s.degraded) if f)
         self.images, free = {}, IN_MEMORY
+        files = dict.fromkeys((file, s.box) for s in samples for file in s.files)
         for file, box in tqdm(files, desc="decode", leave=False, disable=runs.rank() > 0):
             if free > 0:
                 self.images[file, box] = (read_image(file, box) * 255).round().byte()
@@ -204,9 +174,9 @@ class VariedCrops(Crops):
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n, 1))
         task = self.cycle[n % len(self.cycle)]
-        kind = self.kinds[task][-1 if rng.random() < self.real else 0]
+        kind = self.kinds[task][-1 if rng.random() < REAL else 0]
         sample = kind[rng.integers(len(kind))]
-        pair = [self.read(file, sample.box) for file in (sample.gt, sample.degraded) if file]
+        pair = [self.read(file, sample.box) for file in sample.files]
         top, left = self.corner(sample, pair[0], rng)
         up, back = min(top, MARGIN), min(left, MARGIN)
         rows = slice(top - up, top + self.crop + MARGIN)
@@ -242,13 +212,12 @@ def optimizers_of(net, config):
     views = [torch.nn.Parameter(p.detach().flatten(1)) for p in matrices]
     for view, p in zip(views, matrices):
         p.register_post_accumulate_grad_hook(partial(share_gradient, view))
-    muon = torch.optim.Muon(
-        [dict(params=views, lr=config.muon_lr, name="lr/muon")],
-        lr=config.muon_lr,
-        weight_decay=0.01,
-    )
+    muon = [dict(params=views, lr=config.muon_lr, name="lr/muon")]
     adam = [dict(params=rest, lr=config.lr, name="lr/adam")]
-    return muon, torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True)
+    return (
+        torch.optim.Muon(muon, weight_decay=0.01),
+        torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True),
+    )
 
 
 def share_gradient(view, parameter):
@@ -283,37 +252,30 @@ class State:
     def load(self, checkpoint, folder):
         """Goes on where a checkpoint of the same settings stopped. Raises RunError."""
         if checkpoint.get("config") != self.live.config or "settings" not in checkpoint:
-            raise runs.RunError(
-                f"{folder} holds the training of another model: choose another --out"
-            )
+            raise runs.RunError(f"{folder} holds another model's training: choose another --out")
         for name, value in self.settings.items():
             if checkpoint["settings"].get(name) != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise runs.RunError(
-                    f"{folder} was trained with another "
-                    f"{'number of processes' if name == 'processes' else flag}: "
-                    "give the same, or another --out"
-                )
+                raise runs.RunError(f"{folder} began with other {name}: choose another --out")
         self.live.load_state_dict(checkpoint["net"])
         self.averaged.load_state_dict(checkpoint["ema"])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         self.step, self.seen = checkpoint["step"], checkpoint["seen"]
         runs.say(f"{folder} goes on at step {self.step}")
 
 
 def make_model(config):
-    """A new AdaIR, or that of --init."""
+    """A new AdaIR, or that of --init. Raises RunError for flags of a new one beside --init."""
     torch.manual_seed(config.seed)
-    if config.init:
-        net = load_pretrained(config.init, config.mask_rule)
-        net.config["mask_rule"] = config.mask_rule
-        return net
-    given = {name: getattr(config, name) for name in NEW_MODEL}
-    shape = NEW_MODEL | {name: value for name, value in given.items() if value is not None}
-    rate = shape["rate"] if config.mask_rule == "fraction" else EMPTY_RATE
-    sizes = shape["dim"], shape["blocks"], shape["refinement"]
-    return AdaIR(*sizes, mask_rule=config.mask_rule, rates=(rate, rate))
+    given = {name: getattr(config, name) for name in NEW_MODEL if getattr(config, name) is not None}
+    if not config.init:
+        sizes = NEW_MODEL | given
+        return AdaIR(*sizes.values(), mask_rule="fraction", rates=(RATE, RATE))
+    for name in given:
+        raise runs.RunError(f"--{name} goes with a new model: that of --init brings its own")
+    net = load_pretrained(config.init, "fraction")
+    net.config["mask_rule"] = "fraction"
+    return net
 
 
 def drop_skips(encoding, chance, rngs):
@@ -328,10 +290,11 @@ def drop_skips(encoding, chance, rngs):
 def find_samples(config, stop):
     """(training, validation) samples of all folders, every image decoded once, by all processes.
     Raises DataError."""
-    roots = [root for root in (config.data_root, *config.photos) if root] or [None]
-    parts = zip(*(list_training(root) for root in roots))
-    train, val, held_out, problems = (sum(part, []) for part in parts)
-    val = val + held_out
+    train, val, problems = [], [], []
+    for root in [root for root in (config.data_root, *config.photos) if root] or [None]:
+        split = list_training(root)
+        train, val = train + split.train, val + split.val + split.held_out
+        problems += split.problems
     if config.val_list:
         train, val = split_listed(train + val, config.val_list)
     if config.data_root and config.photos:  # they stand there under every task: too many
@@ -339,22 +302,20 @@ def find_samples(config, stop):
     runs.same_everywhere("list of images", names_digest(train + val))
     mapper = partial(runs.parallel_map, desc="check", stop=stop)
     train, broken = split_usable(train, max(config.crop), mapper=mapper)
-    rooms = {s.gt: s for s in train if s.degraded and s.task in config.rooms}
-    train += [s._replace(task=task, degraded="") for s in rooms.values() for task in TASKS]
-    frames = [s for s in train if s.degraded and s.task == "deblur" and "deblur" in config.rooms]
-    others = [task for task in TASKS if task != "deblur"]  # blurred is neither hazy nor dark
-    train += [s._replace(task=task, gt=s.degraded, degraded="") for s in frames for task in others]
     val, more = split_usable(val, 16, mapper=mapper)
     runs.say_skipped(problems + broken + more)
+    pairs = [s for s in train if s.degraded and s.task in config.rooms]
+    for sample in {s.gt: s for s in pairs}.values():
+        train += [sample._replace(task=task, degraded="") for task in TASKS]
+    for sample in pairs:
+        if sample.task == "deblur":  # what is blurred is neither hazy nor dark
+            frame = sample._replace(gt=sample.degraded, degraded="")
+            train += [frame._replace(task=task) for task in TASKS if task != "deblur"]
     if not val:
         raise DataError("no image is left to validate on: name some with --val-list")
     there = {s.task for s in train} | ({"camera"} if any(not s.degraded for s in train) else set())
-    missing = [task for task in config.cycle if task not in there]
-    if missing:
-        raise DataError(
-            f"there are no training images for {', '.join(missing)}: give --photos, or leave it "
-            "out of --cycle"
-        )
+    if missing := [task for task in config.cycle if task not in there]:
+        raise DataError(f"no training images for {missing[0]}: --photos, or another --cycle")
     return train, val
 
 
@@ -370,55 +331,45 @@ def source_of(sample):
 
 
 def pale(image):
-    """An image whose black is raised: a quarter of a bright veil."""
+    """The image with black raised, as under a quarter of a bright veil."""
     return 0.75 * image + 0.25 * 0.9
 
 
 def validate(model, val, stop):
     """Prints, per task and per source of its files, what the averaged weights gain over the input,
-    the same where both images are pale, and how well they return truths and pale truths. Returns
-    these rows."""
+    and how well they return truths, in dB; and the same of pale images. Returns these rows."""
     model.eval()
-    returned = {}  # by file
-
-    def of(image, gt):
-        return float(psnr(restore(model, image), gt))
 
     def measure(sample):
+        row = dict(task=sample.task, source=source_of(sample))
         degraded, gt = evaluation_pair(sample)
-        row = dict(task=sample.task, source=source_of(sample), input=float(psnr(degraded, gt)))
-        row["gain"] = of(degraded, gt) - row["input"]
-        if sample.task not in NEVER_PALE:
-            before = float(psnr(pale(degraded), pale(gt)))
-            row["pale gain"] = of(pale(degraded), pale(gt)) - before
-        if sample.gt not in returned:
-            returned[sample.gt] = {"truth": of(gt, gt), "pale truth": of(pale(gt), pale(gt))}
-        return row | returned[sample.gt]
+        for name, x, truth in (("", degraded, gt), ("pale ", pale(degraded), pale(gt))):
+            row[f"{name}input"] = psnr(x, truth).item()
+            row[f"{name}gain"] = psnr(restore(model, x), truth).item() - row[f"{name}input"]
+            row[f"{name}truth"] = psnr(restore(model, truth), truth).item()
+        return row
 
     rows = pd.DataFrame(runs.parallel_map(measure, val, "validate", stop))
-    lines = []
+    columns, lines = [name for name in rows if name not in ("task", "source")], []
     for task, of_task in rows.groupby("task", sort=False):
         sources = [(f"{task}, {name}", part) for name, part in of_task.groupby("source")]
         for name, part in [(task, of_task), *(sources if len(sources) > 1 else [])]:
-            means = part.reindex(columns=VALIDATED).mean()
-            cells = ["" if math.isnan(mean) else f"{mean:.2f}" for mean in means]
-            lines.append([name, len(part), *cells])
-    runs.say(f"\n{report.markdown(['dB', 'images', *VALIDATED], lines)}")
+            lines.append([name, len(part), *(f"{mean:.2f}" for mean in part[columns].mean())])
+    runs.say(f"\n{report.markdown(['dB', 'images', *columns], lines)}")
     return rows
 
 
 def pretrain(config, stop):
     """Trains, and prints what the averaged weights gain on the validation images."""
-    samples, val = find_samples(config, stop)
     net = make_model(config).train().to(config.device, memory_format=torch.channels_last)
-    averaged, optimizers = runs.averaged(net, config.ema), optimizers_of(net, config)
+    samples, val = find_samples(config, stop)
+    averaged, optimizers = runs.averaged(net, EMA), optimizers_of(net, config)
 
     def crop_and_size(step):  # each crop in turn, as many pixels a step
         crop = config.crop[step // TURN % len(config.crop)]
         return crop, max(1, config.batch_size * config.crop[0] ** 2 // crop**2)
 
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    settings = {name: getattr(config, name) for name in FIXED} | dict(photos=[*config.photos])
     settings["processes"] = runs.processes()
     total = runs.processes() * sum(crop_and_size(step)[1] for step in range(config.steps))
     state = State(net, averaged, optimizers, settings, total)
@@ -427,35 +378,23 @@ def pretrain(config, stop):
     if (folder / "last.pt").exists():
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
-    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle, config.real)
-    half = torch.autocast(
-        torch.device(config.device).type, torch.bfloat16, enabled=config.amp == "bf16"
-    )
+    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle)
 
-    with runs.Run(
-        folder,
-        stop,
-        "the same command",
-        device=config.device,
-        workers=config.workers,
-        save_every=config.save_every,
-        failures=(DataError, CheckpointError),
-    ) as run:
+    again = "the same command"
+    with runs.Run(folder, stop, again, config.device, config.workers, failures=(DataError,)) as run:
         run.start(state, "pretrain", shown=dict(l1="loss/total"), steps=config.steps)
         while state.step < config.steps:
             crops.crop, size = crop_and_size(state.step)
             # until this crop's turn is over, or a validation is due
-            turn = min(n - state.step % n for n in (TURN, config.eval_every))
-            turn = min(turn, config.steps - state.step)
+            left = [n - state.step % n for n in (TURN, config.eval_every)]
+            turn = min(*left, config.steps - state.step)
             for batch in run.batches(crops, size, state.seen + turn * size * runs.processes()):
                 factor = rate_factor(state.step, config)
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
                     optimizer.param_groups[0]["lr"] = lr * factor
                 rngs = [np.random.default_rng((config.seed, n, 2)) for n in batch.numbers]
-                with half:
-                    encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
-                    restored = net.decode(encoding)
-                loss = (restored - batch.gt).abs().mean()
+                encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
+                loss = (net.decode(encoding) - batch.gt).abs().mean()
                 net.zero_grad()
                 loss.backward()
                 run.update(optimizers, loss, {"crop": crops.crop}, max_norm=1.0)
@@ -472,7 +411,9 @@ def pretrain(config, stop):
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
     config = runs.flags(Config, "experiments.pretrain", __doc__, argv)
-    check(config)
+    if config.decay > config.steps:
+        raise runs.RunError(f"--decay is {config.decay}; it must be at most --steps")
+    runs.check_device(config.device)
     config.device = runs.join(config.device)
     with runs.Stop(config.max_minutes) as stop:
         try:

@@ -6,7 +6,7 @@
     python -m experiments.run --seeds 0 1 --flags='--lr 1e-4' --out runs/sweep/1e-4
 
 What is done is left alone, what was stopped goes on. Jobs run side by side, each on one CPU thread
-if there are several.
+if there are several; the first run goes alone, since the others take its scores of mining over.
 """
 
 import os
@@ -81,9 +81,8 @@ class Config:
     """further flags of every run: --flags='--steps 40 --device cpu'"""
 
 
-def run(config, arm, seed, threads=None):
-    """One run to its end on so many CPU threads (None: all), True if it reached it; what it prints
-    goes to SEED.log."""
+def run(config, arm, seed):
+    """One run to its end; True if it reached it. What it prints goes to SEED.log."""
     folder = config.out.resolve() / arm / str(seed)
     flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
     flags += shlex.split(f"{ARMS[arm]} {config.flags}")
@@ -96,16 +95,14 @@ def run(config, arm, seed, threads=None):
     elif scores := sorted(config.out.resolve().glob("*/*/hard.json")):
         flags += ["--scores", str(scores[0])]
     report = folder / "report.json"
-    if report.exists():
-        return True
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    with open(f"{folder}.log", "a") as log:
+    if not report.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "train.py", *flags]
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    print(
-        f"{arm} {seed}: {'done' if report.exists() else f'not done, see {folder}.log'}", flush=True
-    )
+        threads = {"OMP_NUM_THREADS": "1"} if config.jobs > 1 else {}
+        with open(f"{folder}.log", "a") as log:
+            subprocess.run(command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=log)
+        end = "done" if report.exists() else f"not done, see {folder}.log"
+        print(f"{arm} {seed}: {end}", flush=True)
     return report.exists()
 
 
@@ -114,16 +111,11 @@ def run_program(argv):
     arms = [arm for name in config.arms for arm in GROUPS.get(name, [name])]
     for arm in arms:
         if arm not in ARMS:
-            known = ", ".join([*GROUPS, *ARMS])
-            raise runs.RunError(f"there is no arm {arm!r}; known: {known}")
+            raise runs.RunError(f"there is no arm {arm!r}; known: {', '.join([*GROUPS, *ARMS])}")
     todo = [(arm, seed) for seed in config.seeds for arm in arms]
-    done = []
-    if not list(config.out.glob("*/*/hard.json")):  # alone: the others take its scores over
-        arm, seed = todo.pop(0)
-        done.append(run(config, arm, seed))
+    done = [run(config, *todo.pop(0))]  # alone: the others take its scores over
     with ThreadPoolExecutor(config.jobs) as pool:
-        threads = 1 if config.jobs > 1 else None
-        futures = [pool.submit(run, config, arm, seed, threads) for arm, seed in todo]
+        futures = [pool.submit(run, config, arm, seed) for arm, seed in todo]
         done += [future.result() for future in futures]
     return 0 if all(done) else 1
 

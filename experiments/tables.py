@@ -3,7 +3,8 @@
     python -m experiments.tables runs/results     the runs there; leaves small files (`collect`)
     python -m experiments.tables results/main     such files alone: the runs we made
 
-Both leave gains.png, curves.png and training.png beside them.
+Both leave gains.png, curves.png and training.png beside them. Where eval.py has been run, too,
+Tables 2 and 3 are among the tables, means over seeds.
 
 Run folders are ARM/SEED, as experiments.run leaves them. A photograph weighs the same however many
 of its draws there are (in a run's own report.md every image does). On the validation images the
@@ -20,18 +21,21 @@ import scipy.stats
 
 import report
 import runs
+from data import TASKS
+from eval import tables as layout
 from experiments import figures
 from experiments.run import ARMS
 
-# scale and digits of what is gained
-SHOWN = {"psnr": (1, 3), "ssim": (1e4, 1), "reward": (1e4, 1), "exposure": (1e4, 1)}
+# what is gained
+UNITS = dict(psnr="dB", ssim="1e-4 of SSIM", reward="1e-4 of reward", exposure="1e-4 of exposure")
 RUN = ["arm", "seed"]
-GAINS = [*RUN, "task", "image", "psnr_before", "reward_before", "hard", *SHOWN]
+GAINS = [*RUN, "task", "image", "psnr_before", "reward_before", "hard", *UNITS]
 COLUMNS = {
     "gains": GAINS,
     "measured": GAINS,
     "validation": [*RUN, "step", "task", "psnr", "reward"],
     "training": "arm seed step reward psnr_det psnr_best loss/sup loss/cons loss/total".split(),
+    "tests": [*RUN, "set", "task", "image", "psnr_before", "ssim_before", "psnr", "ssim"],
 }
 # Which arms answer a question together: an arm, and its controls.
 CONTROLS = {
@@ -62,17 +66,21 @@ def collect(folder):
     30 %, and the gains (of exposure where experiments.measure was run); measured.csv: the same of
     the validation images, where it was run; validation.csv: the gains of every validation;
     training.csv: of every step the rewards of the rollouts, the PSNR of the mean action and of the
-    best rollout, L_sup, L_cons and L_total. Raises RunError unless an arm's runs have the same
-    settings.
+    best rollout, L_sup, L_cons and L_total; tests.csv: for every image of every test set PSNR and
+    SSIM before, and the gains, where eval.py was run. Raises RunError unless an arm's runs have the
+    same settings.
     """
     parts = {name: [] for name in COLUMNS}
-    for path in files_of_runs(folder, "report.json"):
-        stored = runs.load_json(path)
+    for of_arm in sorted({path.parents[1] for path in folder.glob("*/*/report.json")}):
+        check_settings(of_arm)
+    for path in sorted(folder.glob("*/*/report.json")):
+        stored, tested = runs.load_json(path), path.with_name("eval-images.csv")
         found = dict(
             gains=compared(stored["before"], stored["after"], stored["hard"]),
             measured=compared(stored.get("val_before", []), stored.get("val_after", [])),
             validation=validations(stored["validation"]),
             training=pd.DataFrame(runs.read_metrics(path.parent)),
+            tests=evaluated(pd.read_csv(tested)) if tested.exists() else pd.DataFrame(),
         )
         for name, rows in found.items():
             parts[name].append(rows.assign(arm=path.parts[-3], seed=path.parts[-2]))
@@ -85,7 +93,7 @@ def collect(folder):
 def compared(before, after, hard=()):
     """The rows of images {task, name, psnr, …} before, with what was gained after."""
     before, after = pd.DataFrame(before), pd.DataFrame(after)
-    gains = after.reindex(columns=[*SHOWN]) - before.reindex(columns=[*SHOWN])
+    gains = after.reindex(columns=[*UNITS]) - before.reindex(columns=[*UNITS])
     names = dict(name="image", psnr="psnr_before", reward="reward_before")
     start = before.rename(columns=names).reindex(columns=["task", *names.values()])
     return start.join(gains).assign(hard=before.index.isin(hard).astype(int))
@@ -98,6 +106,13 @@ def validations(history):
     return pd.concat(gains, keys=steps, names=["step", "task"]).reset_index()
 
 
+def evaluated(rows):
+    """The rows of eval-images.csv before, with what was gained after."""
+    rows = rows.set_index(["set", "task", "image"])
+    before, after = (rows.loc[rows["method"] == m, ["psnr", "ssim"]] for m in ("before", "after"))
+    return before.add_suffix("_before").join(after - before).reset_index()
+
+
 def write_csv(path, rows):
     """Writes rows as CSV, numbers with six decimals."""
     runs.write_atomic(path, rows.to_csv(index=False, float_format="%.6f").encode())
@@ -106,22 +121,13 @@ def write_csv(path, rows):
 def read(path):
     """The rows of one of the files, arms in the order of `run.ARMS`; none if it is not there."""
     if not path.exists():
-        return pd.DataFrame(columns=RUN)
+        return pd.DataFrame(columns=COLUMNS[path.stem])
     rows = pd.read_csv(path, dtype=dict(arm=str))
     order = {arm: place for place, arm in enumerate(dict.fromkeys([*ARMS, *rows["arm"]]))}
     rows = rows.sort_values("arm", key=lambda arms: arms.map(order), kind="stable")
     if "image" in rows:
         rows["photo"] = rows["image"].str.replace(r"#\d+$", "", regex=True)  # #2: its second draw
     return rows.reset_index(drop=True)
-
-
-def files_of_runs(folder, name):
-    """ARM/SEED/name of all runs of a folder. Raises RunError unless an arm's runs have the same
-    settings."""
-    paths = sorted(folder.glob(f"*/*/{name}"))
-    for of_arm in {path.parents[1] for path in paths}:
-        check_settings(of_arm)
-    return paths
 
 
 def check_settings(folder):
@@ -141,26 +147,18 @@ def check_settings(folder):
 
 def check_same(rows, key, by, how):
     """Raises RunError unless all runs have the same images, whose `key` differs by no more than
-    `by`; how: what else they have done."""
+    `by`; how: what else a run has done."""
+    if rows.empty:
+        return
     of_runs = rows.pivot(index=RUN, columns=["task", "image"], values=key)  # a row for every run
-    first, others = of_runs.iloc[0], of_runs.iloc[1:]
-    same = ((others - first).abs() <= by).all(axis=1)  # an image that one lacks is NaN
+    off = (of_runs.iloc[1:] - of_runs.iloc[0]).abs()
+    same = (off <= by).all(axis=1)  # an image that one lacks is NaN
     if not same.all():
         names = ["/".join(map(str, run)) for run in (same.idxmin(), of_runs.index[0])]
         raise runs.RunError(f"{names[0]} {how} than {names[1]}")
 
 
 # --------------------------------------------------------------------------------------- intervals
-
-
-def in_cells(rows, key):
-    """The gains of every (task, seed, photo), draws averaged: a Series."""
-    return rows.groupby(["task", "seed", "photo"], sort=False)[key].mean()
-
-
-def mean_of_tasks(rows, key):
-    """The mean over tasks of each task's mean over seeds and photographs."""
-    return in_cells(rows, key).groupby("task").mean().mean()
 
 
 def interval(rows, key, over=("seed", "photo")):
@@ -174,7 +172,8 @@ def interval(rows, key, over=("seed", "photo")):
     a photograph go all its tasks. Both are added. (What is peculiar to a photograph under a seed is
     counted twice, which is on the safe side.) Student's t has Satterthwaite's degrees of freedom.
     """
-    cells = in_cells(rows, key).rename("gain").reset_index()
+    cells = rows.groupby(["task", "seed", "photo"], sort=False)[key].mean()  # over draws
+    cells = cells.rename("gain").reset_index()
     of_tasks = cells.groupby("task")
     off = cells["gain"] - of_tasks["gain"].transform("mean")
     off = off / of_tasks["gain"].transform("size") / of_tasks.ngroups
@@ -194,8 +193,8 @@ def interval(rows, key, over=("seed", "photo")):
 
 
 def shown(key, mean, low=math.nan, high=math.nan):
-    """A mean of psnr, ssim, reward or exposure with its interval, if it has one."""
-    scale, digits = SHOWN[key]
+    """A mean of psnr in dB, or of another key in 1e-4, with its interval, if it has one."""
+    scale, digits = (1, 3) if key == "psnr" else (1e4, 1)
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in (mean, low, high))
     return f"{mean} [{low}, {high}]" if low != "+nan" else mean
 
@@ -203,33 +202,49 @@ def shown(key, mean, low=math.nan, high=math.nan):
 # ------------------------------------------------------------------------------------------ tables
 
 
-def per_task(rows):
-    """The PSNR of the pre-trained model and the mean gains over it, in dB and reward, per task."""
-    tasks, tables = rows["task"].unique(), []
-    for key, unit in (("psnr", "dB"), ("reward", "reward, 1e-4")):
-        lines = []
-        if key == "psnr":
-            start = rows.groupby("task")["psnr_before"].mean()
-            lines.append(["pre-trained model", *(f"{start[task]:.2f}" for task in tasks)])
-        for arm, of_arm in rows.groupby("arm", sort=False):
-            means = in_cells(of_arm, key).groupby("task").mean()
-            lines.append([arm, *(shown(key, means[task]) for task in tasks)])
-        tables.append(report.markdown([f"gain, {unit}", *tasks], lines))
-    return "\n\n".join(tables)
+def per_task(rows, key):
+    """The mean gains over the pre-trained model per task, and of PSNR what it has."""
+    cells = rows.groupby(["arm", "task", "seed", "photo"], sort=False)[key].mean().reset_index()
+    means = cells.pivot_table(index="arm", columns="task", values=key, sort=False)
+    lines = [[arm, *(shown(key, v) for v in of_tasks)] for arm, of_tasks in means.iterrows()]
+    if key == "psnr":
+        start = rows.groupby("task")["psnr_before"].mean()
+        lines.insert(0, ["pre-trained model", *(f"{start[task]:.2f}" for task in means)])
+    return report.markdown([f"gain, {UNITS[key]}", *means], lines)
 
 
-def overall(rows, intervals):
-    """PSNR, SSIM and reward of all images, and PSNR and reward of the hard and the other ones."""
-    head = ["gain over the pre-trained model", "seeds", "PSNR, dB", "SSIM, 1e-4", "reward, 1e-4"]
-    head += ["hard 30 %: dB", "1e-4", "the rest: dB", "1e-4"]
+def overall(title, rows):
+    """What every arm gains of PSNR, SSIM and reward, as far as they are there, with intervals, and
+    of PSNR and reward on the hard images and the other ones."""
+    keys = [key for key in ("psnr", "ssim", "reward") if key in rows]
+    parts = {"hard 30 %": 1, "the rest": 0} if "hard" in rows else {}
+    head = [f"{title}: gain", "seeds", *(UNITS[key] for key in keys)]
+    head += [name for part in parts for name in (f"{part}: dB", "1e-4")]
     lines = []
     for arm, of_arm in rows.groupby("arm", sort=False):
         line = [arm, of_arm["seed"].nunique()]
-        line += [shown(key, *found) for key, found in intervals[arm].items()]
-        for part in (of_arm[of_arm["hard"] == 1], of_arm[of_arm["hard"] == 0]):
-            line += [shown(key, mean_of_tasks(part, key)) for key in ("psnr", "reward")]
+        line += [shown(key, *interval(of_arm, key)) for key in keys]
+        for hard in parts.values():
+            part = of_arm[of_arm["hard"] == hard]
+            line += [shown(key, interval(part, key)[0]) for key in ("psnr", "reward")]
         lines.append(line)
     return report.markdown(head, lines)
+
+
+def sets_of(rows):
+    """{title: rows} of test sets: those of Table 2 together, and each that is not under test/."""
+    in_table_2 = [name for name, task in TASKS.items() if task.title]
+    foreign = rows[~rows["task"].isin([*TASKS])]
+    parts = {"in domain": rows[rows["task"].isin(in_table_2)]}
+    parts |= dict(iter(foreign.groupby("set", sort=False)))
+    return {title: of for title, of in parts.items() if len(of)}
+
+
+def as_methods(rows):
+    """The pre-trained model and the arms as methods of `eval.tables`; rows: of tests.csv."""
+    start = rows.assign(method="pre-trained", psnr=0.0, ssim=0.0)
+    both = pd.concat([start, rows.assign(method=rows["arm"])])
+    return both.assign(**{key: both[key] + both[f"{key}_before"] for key in ("psnr", "ssim")})
 
 
 def at_the_end(rows):
@@ -252,36 +267,33 @@ def on_validation(rows):
     return report.markdown(["on the validation images", "seeds", "PSNR, dB", "reward, 1e-4"], lines)
 
 
-def minus(rows, one, other):
-    """The rows of one arm with its gains minus those of another, on the seeds that both have."""
-    keys = [key for key in SHOWN if key in rows]
-    mine, theirs = (
-        rows[rows["arm"] == arm].set_index(["seed", "task", "image"]) for arm in (one, other)
-    )
-    difference = mine.assign(**(mine[keys] - theirs[keys]).reindex(mine.index))
-    return difference.dropna(subset="psnr").reset_index()
+# ----------------------------------------------------------------------------------- comparisons
 
 
 def difference(rows, one, other):
-    """How much more one arm gains than another on the same seeds."""
-    units = dict(psnr="dB", reward="1e-4", exposure="1e-4 of exposure")
-    both = minus(rows, one, other)
+    """How much more one arm gains than another on the same seeds, of what both have."""
+    keys = [key for key in UNITS if key in rows]
+    mine, theirs = (
+        rows[rows["arm"] == arm].set_index(["seed", "task", "image"]) for arm in (one, other)
+    )
+    both = mine.assign(**(mine[keys] - theirs[keys]).reindex(mine.index))
+    both = both.dropna(subset="psnr").reset_index()
     if both.empty:
         return f"{one} minus {other}: no seed in common"
-    asked = rows[rows["arm"].isin([one, other])]
-    keys = [key for key in units if asked[key].notna().all()]
-    words = [f"{shown(key, *interval(both, key))} {units[key]}" for key in keys]
+    asked = pd.concat([mine, theirs])
+    keys = [key for key in keys if asked[key].notna().all()]
+    words = [f"{shown(key, *interval(both, key))} {UNITS[key]}" for key in keys]
     return f"{one} minus {other}, {both['seed'].nunique()} seeds: {', '.join(words)}"
 
 
 def in_validation(rows, one, other):
-    """The same on the validation images: the mean, and how many seeds are above 0."""
+    """The same at the last validation: the mean, and how many seeds are above 0."""
     last = at_the_end(rows)
     both, words = (last.loc[one] - last.loc[other]).dropna(), []
     for key, unit in (("psnr", "dB"), ("reward", "1e-4")):
         above = f"{(both[key] > 0).sum()} of {len(both)} above 0"
         words.append(f"{shown(key, both[key].mean())} ({above}) {unit}")
-    return f"validation {', '.join(words)}"
+    return ", ".join(words)
 
 
 def in_training(rows, one, other):
@@ -291,7 +303,7 @@ def in_training(rows, one, other):
     means = late.groupby(RUN)["reward"].mean()
     both = (means[one] - means[other]).dropna().reset_index().assign(task="all", photo="all")
     words = shown("reward", *interval(both, "reward", over=["seed"]))
-    return f"{words} 1e-4 of the rollouts' reward in training, {len(both)} seed(s)"
+    return f"{words} 1e-4 of the rollouts' reward, {len(both)} seed(s)"
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -301,39 +313,39 @@ def run_program(argv):
     folder = Path(argv[0] if argv else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    gains, measured, validation, training = (read(folder / f"{name}.csv") for name in COLUMNS)
+    gains, measured, validation, training, tests = (
+        read(folder / f"{name}.csv") for name in COLUMNS
+    )
     if gains.empty and validation.empty:
-        raise runs.RunError(
-            f"{folder} holds no ARM/SEED/report.json: make some by python -m experiments.run"
-        )
+        raise runs.RunError(f"{folder} holds no ARM/SEED/report.json: see experiments.run")
+    for rows in (gains, tests):
+        check_same(rows, "psnr_before", 0.01, "has another start, or other images,")
+    check_same(gains, "reward_before", 1e-3, "was measured by another reward")
     if len(validation):
         print(on_validation(validation), end="\n\n")
         figures.curves(folder / "curves.png", validation)
     if len(training):
         figures.training(folder / "training.png", training)
     if len(gains):
-        check_same(
-            gains, "psnr_before", 0.01, "began with another model, or was measured on other images,"
-        )
-        check_same(gains, "reward_before", 1e-3, "was measured by another reward")
-        intervals = {
-            arm: {key: interval(rows, key) for key in ("psnr", "ssim", "reward")}
-            for arm, rows in gains.groupby("arm", sort=False)
-        }
-        print(per_task(gains), overall(gains, intervals), sep="\n\n", end="\n\n")
+        for text in (per_task(gains, "psnr"), per_task(gains, "reward")):
+            print(text, end="\n\n")
+        print(overall("held-out images", gains), end="\n\n")
+        arms = gains.groupby("arm", sort=False)
+        intervals = {k: {arm: interval(of, k) for arm, of in arms} for k in ("psnr", "reward")}
         figures.gains(folder / "gains.png", intervals)
+    if len(tests):
+        print(layout(as_methods(tests)))
+        for title, rows in sets_of(tests).items():
+            print(overall(title, rows), end="\n\n")
+    compared = {"held-out": gains, "validation images": measured, **sets_of(tests)}
     for one, other in PAIRS:
-        gained, chosen, again, trained = (
-            {one, other} <= {*rows["arm"]} for rows in (gains, validation, measured, training)
-        )
-        if gained:
-            print(difference(gains, one, other))
-        if chosen:
-            print(f"{one} minus {other}: {in_validation(validation, one, other)}")
-        if again:
-            print(f"validation images: {difference(measured, one, other)}")
-        if trained and "shuffled" in other:
-            print(f"{one} minus {other}: {in_training(training, one, other)}")
+        for name, rows in compared.items():
+            if {one, other} <= {*rows["arm"]}:
+                print(f"{name}: {difference(rows, one, other)}")
+        if {one, other} <= {*validation["arm"]}:
+            print(f"validations: {one} minus {other}, {in_validation(validation, one, other)}")
+        if {one, other} <= {*training["arm"]} and "shuffled" in other:
+            print(f"training: {one} minus {other}, {in_training(training, one, other)}")
 
 
 def main(argv=None):

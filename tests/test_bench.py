@@ -27,10 +27,9 @@ def test_the_plain_model_is_adair():
 def test_our_step_is_the_plain_step(dtype):
     """The loop of `train.post_train` against the plain step: loss and gradient as one vector to
     1e-4 in float32; every tensor of the backbone's gradient to 1e-6 in float64, where policy and
-    rewards stay float32. A group of 6 is drawn as 4 and 2."""
-    group, images = (6, 1) if dtype == torch.float64 else (3, 2)
-    sizes = dict(crop=16, group_size=group, batch_size=images, repeats=1)
-    run = bench.time_step(bench.Config(**sizes, device="cpu"), small_adair(para1=0.1).to(dtype))
+    rewards stay float32."""
+    config = bench.Config(crop=16, group_size=6, repeats=1, device="cpu")
+    run = bench.time_step(config, small_adair(para1=0.1).to(dtype))
     assert run.losses[0] == pytest.approx(run.losses[1], rel=1e-4)
     heads = {name for name, _ in policy_for(small_adair()).named_parameters()}
     ours, plain = ({k: v for k, v in of.items() if k in heads} for of in run.gradients)
@@ -133,5 +132,5 @@ def test_the_command_runs(capsys):
     flags = "--crop 16 --group-size 2 --sizes 64 --repeats 1 --device cpu"
     assert bench.main(flags.split()) is None
     *_, step, forward = capsys.readouterr().out.splitlines()
-    assert step.startswith("| step, crop 16, G = 2") and "gradient" in step
+    assert step.startswith("| step, crop 16, G = 2 ") and "gradient" in step
     assert forward.startswith("| forward at 64 px") and forward.count("|") == 9

@@ -14,7 +14,7 @@ from conftest import ROOT, fails
 
 import judge as judges
 import runs
-from experiments import benchmarks, exposure_judge, measure, run, tables
+from experiments import exposure_judge, measure, run, tables
 
 
 def write_report(folder, gain, hard=(0,)):
@@ -50,13 +50,12 @@ def test_tasks_weigh_alike_and_draws_are_averaged(tmp_path):
     run = tmp_path / "a/0"
     write_report(run, lambda photo, task, draw: (task == "rain") + 0.2 * (draw == "#2"))
     rows = collected(tmp_path)
-    cells = tables.in_cells(rows, "psnr")
-    assert cells["rain"].tolist() == pytest.approx([1.1] * 3)
-    assert cells["haze"].tolist() == pytest.approx([0.1] * 3)
+    *_, gains = tables.per_task(rows, "psnr").splitlines()
+    assert gains.split()[3::2] == ["+1.100", "+0.100"]
     mean, low, high = tables.interval(rows, "psnr")
     assert mean == pytest.approx(0.6) and np.isnan([low, high]).all()  # of one seed
     hard = rows[rows["hard"] == 1]
-    assert len(hard) == 1 and tables.mean_of_tasks(hard, "psnr") == 1
+    assert len(hard) == 1 and tables.interval(hard, "psnr")[0] == 1
 
 
 def test_the_interval_is_that_of_a_normal_mean():
@@ -108,7 +107,8 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path, capsys):
         write_report(tmp_path / f"b/{seed}", lambda photo, *_, s=seed: s)
     write_report(tmp_path / "b/7", lambda *_: 9.0)
     assert tables.difference(collected(tmp_path), "a", "b") == (
-        "a minus b, 2 seeds: +0.500 [+0.500, +0.500] dB, +50.0 [+50.0, +50.0] 1e-4"
+        "a minus b, 2 seeds: +0.500 [+0.500, +0.500] dB, +0.0 [+0.0, +0.0] 1e-4 of SSIM, "
+        "+50.0 [+50.0, +50.0] 1e-4 of reward"
     )
     command = [sys.executable, "-m", "experiments.tables", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -119,7 +119,7 @@ def test_arms_are_compared_on_the_seeds_they_share(tmp_path, capsys):
     assert rows[1] == "a,0,rain,a.png,20.000000,0.400000,1,0.500000,0.000000,0.005000,"
     validations = tables.read(tmp_path / "validation.csv")
     same = "+0.000 (0 of 2 above 0) dB, +0.0 (0 of 2 above 0) 1e-4"
-    assert tables.in_validation(validations, "a", "b") == f"validation {same}"
+    assert tables.in_validation(validations, "a", "b") == same
     rows = (tmp_path / "validation.csv").read_text().splitlines()
     assert len(rows) == 1 + 5 * 2 * 3  # two validations of two tasks and their mean
     assert rows[6] == "a,0,1,mean,1.500000,1.500000"
@@ -139,7 +139,7 @@ def test_runs_of_other_photographs_or_models_are_not_mixed(tmp_path, old, new, c
     path = tmp_path / "b/0/report.json"
     path.write_text(path.read_text().replace(old, new))
     said = fails(capsys, tables.main, [tmp_path])
-    assert "b/0 began with another model, or was measured on other images, than a/0" in said
+    assert "b/0 has another start, or other images, than a/0" in said
 
 
 def test_runs_of_another_reward_are_not_mixed(tmp_path, capsys):
@@ -251,8 +251,8 @@ def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path, capsys):
 
 
 def write_evaluation(folder, gain, sets=("Rain100L", "BSD68 σ=25", "BSD68 σ=15", "PolyU")):
-    """eval-images.csv of two sets of Table 2 with 1 and 3 images, of a σ that has no column there,
-    and of one set out of domain; gain(image number) in dB."""
+    """A run with eval-images.csv of two sets of Table 2 with 1 and 3 images, of a σ that has no
+    column there, and of one set out of domain; gain(image number) in dB."""
     tasks = {"Rain100L": "derain", "BSD68 σ=25": "denoise25", "BSD68 σ=15": "denoise15"}
     lines = ["set,method,task,image,psnr_in,psnr,ssim"]
     for name in sets:
@@ -260,24 +260,22 @@ def write_evaluation(folder, gain, sets=("Rain100L", "BSD68 σ=25", "BSD68 σ=15
             start, names = 20 + len(name), f"{tasks.get(name, name)},{name}/{image}.png"
             lines.append(f"{name},before,{names},10,{start},0.5")
             lines.append(f"{name},after,{names},10,{start + gain(image)},0.51")
-    folder.mkdir(parents=True)
+    write_report(folder, lambda *_: 0.0)
     (folder / "eval-images.csv").write_text("\n".join(lines))
 
 
-def test_sets_weigh_alike_in_the_tables_of_several_runs(tmp_path):
+def test_sets_weigh_alike_in_the_tables_of_several_runs(tmp_path, capsys):
     for seed in (0, 1):
         write_evaluation(tmp_path / f"sft/{seed}", lambda image, s=seed: 0.1 * (image + s))
-    benchmarks.collect(tmp_path)
-    rows = tables.read(tmp_path / "tests.csv")
-    shown = benchmarks.layout(benchmarks.by_method(rows))
-    lines = [" ".join(line.split()) for line in shown.split("\n\n")[1].splitlines()]
-    assert lines[0] == "| Method | Deraining Rain100L | Denoising BSD68 σ=25 | Average |"
-    assert lines[2] == "| pre-trained | 28.00/0.500 | 30.00/0.500 | 29.00/0.500 |"
-    assert lines[3] == "| sft | 28.05/0.510 | 30.15/0.510 | 29.10/0.510 |"
-    (gain,) = (line for line in benchmarks.gains(rows).splitlines() if line.startswith("| sft"))
-    _, _, seeds, in_domain, foreign, _ = (cell.strip() for cell in gain.split("|"))
-    assert seeds == "2" and in_domain.startswith("+0.100 [") and foreign.startswith("+0.150 [")
-    assert in_domain.endswith("+100.0 [+100.0, +100.0]")
+    assert tables.main([tmp_path]) is None
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    first = lines.index("| Method | Deraining Rain100L | Denoising BSD68 σ=25 | Average |")
+    assert lines[first + 2] == "| pre-trained | 28.00/0.500 | 30.00/0.500 | 29.00/0.500 |"
+    assert lines[first + 3] == "| sft | 28.05/0.510 | 30.15/0.510 | 29.10/0.510 |"
+    for title, gain in (("in domain", "+0.100 ["), ("PolyU", "+0.150 [")):
+        (head,) = (i for i, line in enumerate(lines) if line.startswith(f"| {title}: gain"))
+        assert lines[head + 2].startswith(f"| sft | 2 | {gain}")
+        assert lines[head + 2].endswith("+100.0 [+100.0, +100.0] |")
 
 
 def test_runs_are_compared_set_by_set_in_whatever_order(tmp_path):
@@ -287,14 +285,14 @@ def test_runs_are_compared_set_by_set_in_whatever_order(tmp_path):
         write_evaluation(tmp_path / f"sft/{seed}", lambda image: 0.1, sets)
     write_evaluation(tmp_path / "sft/2", lambda image: 9.0)
     write_evaluation(tmp_path / "rl/3", lambda image: 0.0)
-    benchmarks.collect(tmp_path)
+    tables.collect(tmp_path)
     rows = tables.read(tmp_path / "tests.csv")
     with pytest.raises(runs.RunError, match="sft/0 differs than irpo/0"):
         tables.check_same(rows, "psnr_before", 0.01, "differs")
-    assert benchmarks.difference(rows, "irpo", "rl") == "irpo minus rl: no seed in common"
-    rows = rows[rows["task"] != "denoise15"]
-    zero, gain = "ssim +0.0 [+0.0, +0.0]", "psnr +0.200 [+0.200, +0.200]"
-    words = f"in domain {gain}, in domain {zero}, PolyU {gain}, PolyU {zero}"
-    assert benchmarks.difference(rows, "irpo", "sft").replace("-0.0", "+0.0") == (
-        f"irpo minus sft, seeds 0 1: {words}"
-    )
+    assert tables.difference(rows, "irpo", "rl") == "irpo minus rl: no seed in common"
+    parts = tables.sets_of(rows)
+    assert [*parts] == ["in domain", "PolyU"]
+    for of_sets in parts.values():
+        words = tables.difference(of_sets, "irpo", "sft").replace("-0.0", "+0.0")
+        gain = "+0.200 [+0.200, +0.200] dB, +0.0 [+0.0, +0.0] 1e-4 of SSIM"
+        assert words == f"irpo minus sft, 2 seeds: {gain}"
