@@ -297,7 +297,8 @@ def check(config):
 
 def load(config):
     """The restorer that --init names."""
-    return load_restorer(config.init).to(config.device)
+    restorer = load_restorer(config.init)
+    return restorer.to(config.device, memory_format=torch.channels_last)
 
 
 def run_program(argv):

@@ -445,6 +445,11 @@ def effective_weights(weights, without=None):
     return {t: share / whole for t, share in shares.items()}
 
 
+def is_judge_alone(weights):
+    """Whether R_qwen is the only term."""
+    return not any(effective_weights(weights, without="qwen").values())
+
+
 def smallest_side(weights):
     """px a side that images need for the terms that are on."""
     return max(term.side if weights.get(name) else 1 for name, term in TERMS.items())
@@ -471,6 +476,7 @@ class Reward:
     def __init__(self, weights, device="cpu", weights_dir=None):
         """weights: as `parse_terms` gives them."""
         self.weights, self.device = weights, device
+        self.is_judge_alone = is_judge_alone(weights)
         on = [TERMS[name] for name, weight in effective_weights(weights).items() if weight]
         paths = {net: weight_file(net, weights_dir) for term in on for net in term.nets}
         self.nets = {net: load_net(net, path).to(device) for net, path in paths.items()}
@@ -501,11 +507,6 @@ class Reward:
         """{term: (B·G,)} of a Scene, of the terms with a weight but R_qwen."""
         on = [name for name, weight in weights.items() if weight and name != "qwen"]
         return {name: TERMS[name].value(scene) for name in on}
-
-    @property
-    def is_judge_alone(self):
-        """Whether R_qwen is the only term."""
-        return not any(effective_weights(self.weights, without="qwen").values())
 
     def differentiable(self, restored, gt, tasks):
         """R of images (B, 3, H, W), (B,), with graph. Without R_qwen, which has no gradient: its

@@ -400,7 +400,7 @@ class Run:
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {step}") from None
         if isinstance(error, ProcessError) and reason:  # asked to end, as the other one was
-            raise Stopped(f"{reason}, {step}; another process had ended before") from None
+            raise Stopped(f"{reason}, {step}; another process of this run had ended") from None
         if isinstance(error, self.failures):
             message = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else error
             raise RunError(f"{message}, {step}; {self.again} goes on") from None

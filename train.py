@@ -18,6 +18,7 @@ from config import parse
 from data import Crops
 from model import load_pretrained
 from policy import USUAL, load_policy, policy_for, states_on
+from rewards import is_judge_alone, parse_terms
 
 # -------------------------------------------------------------------------------------- the method
 
@@ -51,9 +52,6 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     run: runs.Run, entered; reward: rewards.Reward; val: samples that choose best.pt; judge:
     judge.Judge; checkpoint: what a run that goes on had saved.
     """
-    if reward.is_judge_alone and not config.policy.freeze_backbone:
-        raise runs.RunError("--rewards qwen goes with --freeze-backbone: the best may be unscored")
-
     # Sec. 3.2: the training images that the pre-trained model restores worst
     hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
@@ -180,7 +178,11 @@ def half_precision(config):
 
 
 def load(config):
-    """The pre-trained model that --init names."""
+    """The pre-trained model that --init names. Raises RunError for a reward that cannot choose g*:
+    a group that the judge alone had to score and could not has no best rollout."""
+    weights = parse_terms(config.scoring.rewards, config.expert.judge != "none")
+    if is_judge_alone(weights) and not config.policy.freeze_backbone:
+        raise runs.RunError("--rewards with qwen alone goes with --freeze-backbone")
     model = load_pretrained(config.init, config.policy.mask_rule)
     return model.to(config.device, memory_format=torch.channels_last)
 

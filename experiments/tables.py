@@ -22,6 +22,7 @@ import scipy.stats
 import report
 import runs
 from data import TASKS
+from eval import TABLE_2
 from eval import tables as layout
 from experiments import figures
 from experiments.run import ARMS
@@ -233,9 +234,8 @@ def overall(title, rows):
 
 def sets_of(rows):
     """{title: rows} of test sets: those of Table 2 together, and each that is not under test/."""
-    in_table_2 = [name for name, task in TASKS.items() if task.title]
     foreign = rows[~rows["task"].isin([*TASKS])]
-    parts = {"in domain": rows[rows["task"].isin(in_table_2)]}
+    parts = {"in domain": rows[rows["task"].isin([*TABLE_2])]}
     parts |= dict(iter(foreign.groupby("set", sort=False)))
     return {title: of for title, of in parts.items() if len(of)}
 
