@@ -26,7 +26,7 @@ DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
 def absolute_plugs(text):
     """--rewards with absolute paths of the user's files, FILE.py:NAME=WEIGHT."""
     items = (item.strip() for item in text.split(","))
-    return ",".join(str(Path(item).resolve()) if ".py:" in item else item for item in items)
+    return ",".join(os.path.abspath(item) if ".py:" in item else item for item in items)
 
 
 @dataclass
@@ -99,7 +99,8 @@ class Policy:
     concentration: Annotated[float, Field(gt=2, le=3000)] = 30.0
     """α + β that the gates start with"""
     advantage_scale: Literal["group", "batch"] = "group"
-    """what advantages are divided by: the deviation of a group, Eq. 8, or of the batch (LRPO)"""
+    """what advantages are divided by: the deviation of a group, Eq. 8, or of a process's batch
+    (LRPO)"""
     advantage_eps: AboveZero = 1e-12
     """ε of Eq. 8, inside the root: groups whose rewards deviate by less than √ε are damped;
     Appendix B: 1e-6"""
@@ -241,7 +242,7 @@ def parse_over(program, about, presets, argv):
         config.out = config.out or f"runs/{name}"
         config.command = shlex.join(["python", program, *argv])
     if Path(config.expert.judge).is_dir():
-        config.expert.judge = str(Path(config.expert.judge).resolve())
+        config.expert.judge = os.path.abspath(config.expert.judge)
     check_files(config)
     return config
 
@@ -271,7 +272,7 @@ def load_config(kind, folder):
     except runs.RunError:
         is_whole = False
     if not is_whole:  # a field was added, renamed or taken away since
-        raise runs.RunError(f"{path} is not of this version: start a new run")
+        raise runs.RunError(f"{path} is not of this program and version: start a new run")
     return config
 
 
@@ -320,27 +321,28 @@ def check_files(config):
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work together."""
-    policy = config.policy
+    policy, usual = config.policy, (paper() if config.preset == "paper" else Config()).policy
+    if policy.advantage_scale == "batch":
+        refuse_idle(policy, usual, ["advantage_eps"], "--advantage-scale batch")
     if policy.freeze_backbone and policy.freeze_heads:
         raise runs.RunError("--freeze-backbone with --freeze-heads would train nothing")
     if config.objective != "irpo":
-        check_control(config)
+        check_control(config, usual)
     elif policy.freeze_heads:
-        refuse_idle(config, OF_HEADS, "--freeze-heads")
+        refuse_idle(policy, usual, OF_HEADS, "--freeze-heads")
     elif policy.freeze_backbone:
-        refuse_idle(config, OF_BACKBONE, "--freeze-backbone")
+        refuse_idle(policy, usual, OF_BACKBONE, "--freeze-backbone")
 
 
-def refuse_idle(config, names, where):
-    """Raises RunError for a flag of the policy that would do nothing."""
-    usual = paper().policy if config.preset == "paper" else Policy()
+def refuse_idle(policy, usual, names, where):
+    """Raises RunError for a flag of the policy that would do nothing; usual: the preset's."""
     for name in names:
-        if getattr(config.policy, name) != getattr(usual, name):
+        if getattr(policy, name) != getattr(usual, name):
             flag = f"--{name.replace('_', '-')}"
             raise runs.RunError(f"{flag} does nothing under {where}: leave it out")
 
 
-def check_control(config):
+def check_control(config, usual):
     """Raises RunError for flags of RL beside an --objective that has none."""
     control = f"--objective {config.objective}"
     if config.policy.freeze_backbone:
@@ -349,4 +351,5 @@ def check_control(config):
         raise runs.RunError(f"{control} trains no heads: leave --freeze-heads out")
     if config.expert.judge != "none":
         raise runs.RunError(f"{control} can learn from no judge: leave --judge out")
-    refuse_idle(config, (*OF_HEADS, *OF_BACKBONE, "weighting", "group_size"), control)
+    names = *OF_HEADS, *OF_BACKBONE, "weighting", "group_size"
+    refuse_idle(config.policy, usual, names, control)

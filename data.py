@@ -160,9 +160,12 @@ def image_size(path, box=()):
         left, top, right, bottom = box
         return right - left, bottom - top
     with opened(path) as image:
-        # Only where EXIF was seen: Pillow would decode a whole PNG to look for it at its end.
-        has_exif = {"exif", "Raw profile type exif"} & image.info.keys()
-        is_turned = has_exif and image.getexif().get(0x0112, 1) >= 5
+        # Of a PNG that says nothing at its start, Pillow would decode all to look at its end; of a
+        # TIFF it has turned the size already.
+        signs = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+        is_silent = image.format == "PNG" and not signs & image.info.keys()
+        is_as_it_is = is_silent or image.format == "TIFF"
+        is_turned = not is_as_it_is and image.getexif().get(0x0112, 1) >= 5
         return image.size[::-1] if is_turned else image.size
 
 
@@ -323,7 +326,8 @@ def list_adair_test(root, only=None):
             paired[f"test/{task.kind}"] = name
             continue
         for folder in sorted(p for p in (root / "test" / task.kind).glob("*") if p.is_dir()):
-            samples = [Sample(name, os.path.relpath(p, root), p) for p in images_in(folder)]
+            images = [p for p in images_in(folder) if Path(p).parent == folder]  # none further down
+            samples = [Sample(name, os.path.relpath(p, root), p) for p in images]
             sets[f"{folder.name} {task.variant}"] = samples
     for folder in sorted(Path(parent) for parent, folders, _ in walk(root) if "input" in folders):
         parts = folder.relative_to(root).parts

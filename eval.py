@@ -274,10 +274,12 @@ def restore_photos(config):
             tile = config.tile
             if tile is None:
                 tile = 512 if image[0].numel() > WHOLE_PIXELS else 0
-            save_png(target, restorer(image, tile=tile or None, progress=True))
-        except ValueError as error:  # of reading, or of an image of less than 8 px a side
+            restored = restorer(image, tile=tile or None, progress=True)
+        except ValueError as error:  # of reading, or of an image that is too small
             tqdm.write(f"{photo} is not restored: {error}")
             broken += 1
+            continue
+        save_png(target, restored)
     if broken:
         raise DataError(f"{broken} of {len(photos)} photo(s) could not be restored, see above")
     print(f"restored {len(photos)} photo(s) into {config.out}")

@@ -512,7 +512,6 @@ class Judge:
         self.process, self.problem, self.metrics = None, None, {}
         self.starts = self.failed_in_a_row = 0
         self.ids = range(0)  # of the batch that was asked last
-        self.threads = futures.ThreadPoolExecutor(2)  # one sends, one reads
 
     def start(self, degraded, gt, group_size):
         """Starts it and has it score a first batch: what cannot work should fail before the
@@ -528,11 +527,11 @@ class Judge:
         Returns a future for `result`, at once, unless the judge has to be started again."""
         self.problem, self.shape, self.device = None, restored.shape[:2], restored.device
         self.ids = range(self.ids.stop, self.ids.stop + self.shape.numel())
+        images = [as_bytes(gt), as_bytes(degraded), as_bytes(restored)]
         begun = time.perf_counter()
         try:
             # not in a thread: the kernel ties a process to the thread that started it
             self.launch()
-            images = [as_bytes(gt), as_bytes(degraded), as_bytes(restored)]
             pending = self.threads.submit(self.exchange, self.process, self.ids, *images)
         except JudgeError as error:
             pending = futures.Future()
@@ -592,7 +591,8 @@ class Judge:
         its last words."""
         if self.process and self.process.poll() is None:
             return
-        self.starts += 1
+        self.starts, begun = self.starts + 1, time.perf_counter()
+        self.threads = futures.ThreadPoolExecutor(2)  # one sends, one reads
         try:
             with open(self.log, "ab") as log:
                 self.log_start = log.tell()
@@ -603,6 +603,8 @@ class Judge:
         except (JudgeError, OSError) as error:
             self.close()
             raise JudgeError(f"it could not start: {error}") from None
+        if self.starts == 1:  # nothing has to be downloaded again
+            self.start_timeout = min(START_TIMEOUT, 60 + 3 * (time.perf_counter() - begun))
 
     def exchange(self, process, ids, gt, degraded, restored):
         """Sends requests with these ids for uint8 images, gt and degraded (B, 3, H, W), restored
@@ -642,8 +644,8 @@ class Judge:
     def close(self):
         """Ends it at once: there is nothing to save."""
         if self.process:
-            self.process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(10)
         self.process = None
 
@@ -654,7 +656,7 @@ def make_judge(config, folder, stop):
     expert = config.expert
     if expert.judge == "none":
         return contextlib.nullcontext()
-    batch = config.training.batch_size * config.policy.group_size
+    batch = min(16, config.training.batch_size * config.policy.group_size)  # what a GPU can hold
     command = [sys.executable, __file__, f"--parent={os.getpid()}", f"--batch-size={batch}"]
     command += [f"--mode={expert.judge_mode}", f"--model={expert.judge_model or expert.judge}"]
     if runs.is_url(expert.judge):

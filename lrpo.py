@@ -23,7 +23,7 @@ import grpo
 import mining
 import runs
 import study
-from config import DEMO_MODEL, Expert, Samples, Scoring, Training, parse_over
+from config import DEMO_MODEL, Expert, Samples, Scoring, Training, parse_over, refuse_idle
 from data import Crops
 from model import load_restorer
 from runs import AboveZero, AbsolutePath, NotNegative, Positive
@@ -32,7 +32,7 @@ from runs import AboveZero, AbsolutePath, NotNegative, Positive
 
 
 @dataclass
-class Path:
+class Rollout:
     """What a rollout went through: all that log π needs."""
 
     degraded: torch.Tensor  # (B, 3, H, W)
@@ -59,9 +59,9 @@ class Pixels:
         self.steps = list(zip(blocks, sigmas))
 
     def rollout(self, restorer, degraded, group_size, generators, turn):
-        """(restored (B, G, 3, H, W) without graph, Path) of images (B, 3, H, W). Noise comes in
-        pairs of opposite sign, which makes the estimate of a gradient exact where the reward is
-        linear. turn: which block size."""
+        """(restored (B, G, 3, H, W) without graph, Rollout) of images (B, 3, H, W). Noise comes in
+        pairs of opposite sign (of an odd G one has no partner): its mean in a group is zero, and
+        what the reward has of even order cancels. turn: which block size."""
         block, sigma = self.steps[turn % len(self.steps)]
         output = restorer(degraded)
         means = F.avg_pool2d(output.detach(), block)  # (B, 3, H/b, W/b)
@@ -69,7 +69,7 @@ class Pixels:
         half = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
         noise = sigma * torch.cat((half, -half), dim=1)[:, :group_size]  # (B, G, 3, H/b, W/b)
         restored = output.detach()[:, None] + enlarged(noise, block)
-        return restored, Path(degraded, block, sigma, means[:, None] + noise, output)
+        return restored, Rollout(degraded, block, sigma, means[:, None] + noise, output)
 
     def means(self, restorer, path):
         """The densities' means (B, 3, H/b, W/b), with graph; runs the restorer where it changed."""
@@ -120,7 +120,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     crops = Crops(hard, config.samples.crop, config.seed)
     state, policy = attach(config, pretrained, crops, checkpoint)
     restorer, reference = state.live["model"], pretrained  # π_ref is where it starts
-    run.start(state, "lrpo", shown=dict(reward="reward", psnr="psnr_det", kl="kl"))
+    run.start(state, "lrpo", shown=dict(reward="reward", psnr="psnr_det"))
 
     for batch in run.batches(crops, config.training.batch_size):
         study.validate_when_due(config, run, reward, val)
@@ -147,23 +147,22 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         for left in reversed(range(settings.inner_epochs)):
             ratio = (policy.log_prob(restorer, path) - old).exp()  # (B, G)
             surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
-            kl = torch.zeros((), device=ratio.device)
-            if settings.kl_beta:  # it takes a forward of the reference
-                kl = policy.kl(restorer, reference, path).mean()
-            likelihood = policy.log_likelihood(restorer, path, batch.gt).mean()  # ℓ
+            likelihood = policy.log_likelihood(restorer, path, batch.gt)  # ℓ (B,)
             l1 = ((path.output - batch.gt).abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
             loss = (
                 -surrogate
-                + settings.kl_beta * kl
-                + settings.likelihood * (1 - (likelihood / 40).exp())
+                + settings.likelihood * (1 - (likelihood / 40).exp()).mean()
                 + settings.lambda_sup * l1
             )
+            if settings.kl_beta:  # it takes a forward of the reference
+                metrics["kl"] = policy.kl(restorer, reference, path).mean()
+                loss = loss + settings.kl_beta * metrics["kl"]
             state.optimizer.zero_grad()
             loss.backward()
             path.output = None  # of weights that change now
             if left:
                 run.descend([state.optimizer], loss, max_norm=1.0)
-        metrics |= {"loss/rl": -surrogate, "kl": kl, "log_likelihood": likelihood, "loss/sup": l1}
+        metrics |= {"loss/rl": -surrogate, "loss/sup": l1, "log_likelihood": likelihood.mean()}
         metrics |= {"ratio": ratio.mean(), "advantage_rms": advantages.square().mean().sqrt()}
         run.update([state.optimizer], loss, metrics, max_norm=1.0)
     study.validate_when_due(config, run, reward, val)
@@ -171,27 +170,11 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
 
 
 def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
-    """The controls: the same samples, steps and rates; the output learns from ℓ1 (sft) or from the
-    gradient of the reward, which RL does without (reward)."""
+    """The controls: `study.fine_tune` of the output."""
     hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
     state, _ = attach(config, pretrained, crops, checkpoint)
-    run.start(state, config.objective, shown=dict(psnr="psnr_det"))
-    for batch in run.batches(crops, config.training.batch_size):
-        study.validate_when_due(config, run, reward, val)
-        state.set_rates(config.training)
-        output = state.live["model"](batch.degraded)
-        if config.objective == "sft":
-            loss = (output - batch.gt).abs().mean()
-        else:
-            loss = -reward.differentiable(output, batch.gt, batch.tasks).mean()
-        state.optimizer.zero_grad()
-        loss.backward()
-        metrics = {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
-        metrics |= {"psnr_det": study.batch_psnr(output, batch.gt)}
-        run.update([state.optimizer], loss, metrics, max_norm=1.0)
-    study.validate_when_due(config, run, reward, val)
-    return state
+    return study.fine_tune(config, run, state, crops, reward, val, forward=state.live["model"])
 
 
 def attach(config, pretrained, crops, checkpoint):
@@ -211,9 +194,9 @@ def attach(config, pretrained, crops, checkpoint):
 class Policy:
     """the policy and its loss"""
 
-    group_size: Positive = 64
+    group_size: Annotated[int, Field(ge=2)] = 64
     """G, rollouts per image; a rollout costs an addition and a reward. LRPO: 9"""
-    block: tuple[Positive, ...] = (2, 8)
+    block: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2, 8)
     """px a side of the blocks whose means are drawn, one size a step in turn; they divide --crop"""
     sigma: tuple[AboveZero, ...] = (0.02, 0.02)
     """deviation of what is drawn, of each block size, in [0, 1]"""
@@ -269,7 +252,15 @@ class Config:
 def paper():
     """Preset paper: LRPO's official values."""
     length = Training(
-        steps=0, epochs=160, batch_size=24, lr=1e-6, warm_up=0, schedule="constant", ema=0.0
+        steps=0,
+        epochs=160,
+        batch_size=24,
+        lr=1e-6,
+        warm_up=0,
+        schedule="constant",
+        ema=0.0,
+        eval_every=1000,
+        save_every=500,
     )
     policy = Policy(group_size=9, advantage_scale="batch", likelihood=0.001)
     return Config(preset="paper", samples=Samples(draws=1), training=length, policy=policy)
@@ -277,27 +268,32 @@ def paper():
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work together."""
-    policy, crop = config.policy, config.samples.crop
+    policy, usual = config.policy, (paper() if config.preset == "paper" else Config()).policy
     if len(policy.block) != len(policy.sigma):
         raise runs.RunError("--sigma takes one value for each --block")
     for block in policy.block:
-        if crop % block:
-            raise runs.RunError(f"--block {block} does not divide --crop {crop}")
-    if config.objective != "lrpo":
-        for name, value in vars(policy).items():
-            if value != getattr(Policy(), name):
-                flag = f"--{name.replace('_', '-')}"
-                raise runs.RunError(f"{flag} does nothing under --objective {config.objective}")
-        if config.expert.judge != "none":
-            raise runs.RunError(f"--objective {config.objective} can learn from no judge")
+        if config.samples.crop % block:
+            raise runs.RunError(f"--block {block} does not divide --crop {config.samples.crop}")
+    if policy.advantage_scale == "batch":
+        refuse_idle(policy, usual, ["advantage_eps"], "--advantage-scale batch")
+    if config.objective == "lrpo":
+        if config.training.amp != "fp32":
+            raise runs.RunError("--amp bf16 is for the controls: log π needs float32")
+        return
+    refuse_idle(policy, usual, vars(usual), f"--objective {config.objective}")
+    if config.expert.judge != "none":
+        raise runs.RunError(f"--objective {config.objective} can learn from no judge")
 
 
 # ------------------------------------------------------------------------------------- the program
 
 
 def load(config):
-    """The restorer that --init names."""
-    restorer = load_restorer(config.init)
+    """The restorer that --init names. Raises RunError for crops that it cannot take."""
+    restorer, crop = load_restorer(config.init), config.samples.crop
+    if crop % restorer.multiple or crop < restorer.minimum:
+        need = f"a multiple of {restorer.multiple}, {restorer.minimum} or more"
+        raise runs.RunError(f"--crop is {crop}: this restorer needs {need}")
     return restorer.to(config.device, memory_format=torch.channels_last)
 
 

@@ -53,6 +53,8 @@ class AdaIR(nn.Module):
     "fraction" uses when nobody controls it.
     """
 
+    multiple, minimum = 8, 8  # of an image's sides, in px
+
     def __init__(
         self,
         dim=48,
@@ -392,12 +394,16 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < 8:
         raise ValueError(f"restore() takes (B, 3, H, W) from 8 px a side, not {tuple(image.shape)}")
-    if tile is not None and (tile % 8 or tile <= 2 * overlap):
-        raise ValueError(f"a tile is a multiple of 8 px above {2 * overlap}, not {tile} px")
+    multiple, minimum = getattr(model, "multiple", 8), getattr(model, "minimum", 8)
+    unit = max(8, multiple)
+    if tile is not None and (tile % unit or tile <= 2 * overlap):
+        raise ValueError(f"a tile is a multiple of {unit} px above {2 * overlap}, not {tile} px")
     h, w = batch.shape[-2:]
-    weight, multiple = next(model.parameters()), getattr(model, "multiple", 8)
-    padding = (0, -w % multiple, 0, -h % multiple)
-    padded = F.pad(batch.to(weight.device, weight.dtype), padding, mode="reflect")
+    weight = next(model.parameters())
+    right, below = (max(-side % multiple, minimum - side) for side in (w, h))
+    if right >= w or below >= h:
+        raise ValueError(f"an image of {w}×{h} px is too small for this model")
+    padded = F.pad(batch.to(weight.device, weight.dtype), (0, right, 0, below), mode="reflect")
     run = partial(model, controller=controller) if controller else model
     if tile is None or max(h, w) <= tile:
         result = run(padded)
@@ -509,10 +515,11 @@ def adair_config(state):
 
 def load_restorer(path):
     """The restorer at `path`, in eval mode and float32: a module (B, 3, H, W) -> (B, 3, H, W) of
-    images in [0, 1]. An AdaIR, or any architecture that spandrel tells from its weights.
+    images in [0, 1] whose sides are a multiple of its `multiple` and at least its `minimum`. An
+    AdaIR, or any architecture that spandrel tells from its weights.
 
     Nothing in the file is executed: it is read as tensors and plain values alone. Raises
-    CheckpointError for one that is unknown, changes an image's size, or takes no RGB images.
+    CheckpointError for one that is unknown or is no restorer of RGB images.
     """
     import spandrel  # late: it knows some forty architectures
 
@@ -521,23 +528,31 @@ def load_restorer(path):
         raise CheckpointError(f"{path} holds a policy, which would be lost: start from another")
     try:
         state = stored.get("model", stored.get("state_dict", stored))  # ours, Lightning's, others'
-        if any(key.endswith("fre1.para1") for key in state):
-            return load_adair(path, checkpoint=stored)
-        weights = spandrel.canonicalize_state_dict(state)
-        found = spandrel.ModelLoader("cpu").load_from_state_dict(weights)
-    except CheckpointError:
-        raise
+        is_adair = any(key.endswith("fre1.para1") for key in state)
+        loader = spandrel.ModelLoader("cpu")
+        found = is_adair or loader.load_from_state_dict(spandrel.canonicalize_state_dict(state))
     except Exception as error:  # an architecture that it does not know, or no weights at all
         raise CheckpointError(
             f"{path} is no restorer that spandrel knows ({error!r:.200})"
         ) from None
+    if is_adair:
+        return load_adair(path, checkpoint=stored)
     name, sizes = found.architecture.name, found.size_requirements
     if not isinstance(found, spandrel.ImageModelDescriptor) or found.scale != 1:
         raise CheckpointError(f"{path} is a {name} of scale {found.scale}, not an image restorer")
-    if (found.input_channels, found.output_channels) != (3, 3) or sizes.square:
-        raise CheckpointError(f"{path} is a {name} that does not take RGB images of any size")
-    net = found.model.float().eval()  # itself: the descriptor's call clamps and has no gradient
+    net = found.model.float().eval()
     net.multiple = max(sizes.multiple_of, 1)
+    net.minimum = -(-max(sizes.minimum, 8) // net.multiple) * net.multiple
+    side = max(net.minimum, 4 * net.multiple, 32)
+    x = torch.rand(2, 3, side, side + (0 if sizes.square else net.multiple))
+    try:  # the descriptor's own call clamps and has no gradient: the network must do without it
+        same = torch.allclose(
+            net(x).clamp(0, 1), torch.cat([found(i) for i in x.split(1)]), atol=1e-4
+        )
+    except Exception:  # not of RGB images, or not of batches
+        same = False
+    if not same or sizes.square:
+        raise CheckpointError(f"{path} is a {name}, which is no plain network of RGB images")
     return net
 
 

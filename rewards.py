@@ -9,6 +9,7 @@ your own (`--rewards my_rewards.py:NAME=WEIGHT`).
 import hashlib
 import importlib.util
 import math
+import sys
 import urllib.request
 import warnings
 from collections import OrderedDict
@@ -360,9 +361,15 @@ def parse_terms(text, judge=False):
     then, and only then. Raises RewardError.
     """
     weights = dict.fromkeys(TERMS, 0.0) | dict.fromkeys(PARTS, 0.0) | {"gen": PARTS["gen"]}
+    own = {}  # {name: source} of the user's
     for item in PRESETS.get(text, text.split(",")):
-        given, _, value = item.strip().partition("=")
-        name = add_plug(given) if ".py:" in given else given
+        cut = item.find("=", max(item.rfind(".py:"), 0))  # a path may hold one, too
+        given, value = (item, "") if cut < 0 else (item[:cut], item[cut + 1 :])
+        name = given.strip()
+        if ".py:" in name:
+            source, name = name, add_plug(name)
+            if own.setdefault(name, source) != source:
+                raise RewardError(f"--rewards has two functions {name}: rename one")
         if name not in TERMS and name not in PARTS:
             known = ", ".join([*TERMS, "gen=WEIGHT", "FILE.py:FUNCTION=WEIGHT"])
             raise RewardError(f"--rewards knows no term {name!r}; the terms are {known}")
@@ -371,7 +378,9 @@ def parse_terms(text, judge=False):
         except ValueError:
             weights[name] = math.nan
         if not 0 <= weights[name] < math.inf:
-            raise RewardError(f"--rewards {item}: give it a weight of 0 or more, as {given}=0.2")
+            raise RewardError(
+                f"--rewards {item}: give it a weight of 0 or more, as {given.strip()}=0.2"
+            )
     if text in PRESETS:
         weights["qwen"] = PARTS["qwen"] if judge else 0.0
     if weights["qwen"] and not judge:
@@ -390,12 +399,11 @@ def add_plug(source):
     """Adds the function of "FILE.py:NAME" to TERMS, as a general term; returns NAME. The file is
     executed. Raises RewardError."""
     path, _, name = source.rpartition(":")
-    if not Path(path).is_file():
-        raise RewardError(f"--rewards {source}: there is no file {path}")
+    plugs_of(source)  # that it is there
     if name in PARTS or (name in TERMS and not TERMS[name].plug):
         raise RewardError(f"--rewards {source}: there is a term {name} already, rename yours")
     spec = importlib.util.spec_from_file_location(f"plug_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -413,18 +421,24 @@ def add_plug(source):
         shape = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
         if shape != (n,):
             raise RewardError(f"the reward {source} gave {shape} for {n} images: it must be ({n},)")
-        if not ((values >= 0) & (values <= 1)).all():
+        if not ((values > -1e-3) & (values < 1 + 1e-3)).all():  # but for rounding
             raise RewardError(f"the reward {source} gave a value that is not in [0, 1]")
-        return values.float()
+        return values.to(scene.y.device, torch.float32).clamp(0, 1)
 
     TERMS[name] = Term(value, "gen", math.nan, plug=source)
     return name
 
 
 def plugs_of(text):
-    """{file: hash} of the Python files that `--rewards` names."""
-    files = {item.rpartition(":")[0].strip() for item in text.split(",") if ".py:" in item}
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)}
+    """{file: hash} of the Python files that `--rewards` names. Raises RewardError."""
+    hashes = {}
+    for item in text.split(","):
+        if ".py:" in item:
+            path = item.rpartition(":")[0].strip()
+            if not Path(path).is_file():
+                raise RewardError(f"--rewards {item.strip()}: there is no file {path}")
+            hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashes
 
 
 # ----------------------------------------------------------------------------- the composite reward
@@ -519,7 +533,7 @@ class Reward:
     def try_plugs(self, gt, has_gradient):
         """Tries the user's functions on one crop (3, H, W). has_gradient: whether they must have
         one. Raises RewardError for one that does not work."""
-        y = torch.stack([gt, gt.flip(-1)]).to(self.device)[:, None].requires_grad_()
+        y = torch.stack([gt, gt.flip(-1)]).to(self.device)[:, None].requires_grad_(has_gradient)
         scene = Scene(y, y.detach()[:, 0].flip(0), ["", ""], self.nets)
         for name, term in TERMS.items():
             if not (term.plug and self.weights.get(name)):

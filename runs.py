@@ -75,7 +75,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Workers = Annotated[int, Field(ge=0, le=256)]
 MultipleOf8 = Annotated[int, Field(ge=8, multiple_of=8)]
-AbsolutePath = Annotated[str, AfterValidator(lambda path: str(Path(path).resolve()))]
+AbsolutePath = Annotated[str, AfterValidator(os.path.abspath)]
 
 
 def flags(config, name, about, argv, default=None):

@@ -51,14 +51,14 @@ def carry_out(config, load, method):
     with runs.Stop(config.training.max_minutes) as stop:
         try:
             with make_judge(config, folder, stop) as judge:
-                train(config, folder, stop, judge, load, method)
+                whole_run(config, folder, stop, judge, load, method)
         except runs.Stopped as stopped:
             begun = (folder / "config.json").exists()
             again = f"--resume {folder}" if begun else "the same command"
             runs.say(f"stopped by {stopped}; {again} goes on")
 
 
-def train(config, folder, stop, judge, load, method):
+def whole_run(config, folder, stop, judge, load, method):
     """What a run is made of, the method, before against after."""
     if not config.resume and runs.rank() == 0:
         runs.refuse_existing(folder)
@@ -210,6 +210,7 @@ def make_reward(config, has_judge):
         raise runs.RunError(
             f"{', '.join(plugs)} changed since {config.resume} began: start a new run"
         )
+    runs.same_everywhere("file of rewards", plugs)
     config.plugs = plugs
     weights = rewards.parse_terms(config.scoring.rewards, has_judge)
     side = rewards.smallest_side(weights)
@@ -293,6 +294,38 @@ def image_weights(restored, gt, policy):
     if policy.weighting == "difficulty":
         return grpo.difficulty_weights(psnr(restored.detach(), gt))
     return torch.ones(2, len(gt), device=gt.device)
+
+
+def fine_tune(config, run, state, crops, reward, val, forward):
+    """Training without rollouts and RL, on the same samples and steps: the deterministic output,
+    forward(images), learns from ℓ1 (--objective sft), from the gradient of the reward itself, which
+    RL does without (reward), or from both (reward+sft)."""
+    run.start(state, config.objective, shown=dict(psnr="psnr_det"))
+    for batch in run.batches(crops, config.training.batch_size):
+        validate_when_due(config, run, reward, val)
+        state.set_rates(config.training)
+        with half_precision(config):
+            output = forward(batch.degraded)
+        losses = {}
+        if "sft" in config.objective:
+            losses["loss/l1"] = (output - batch.gt).abs().mean()
+        if "reward" in config.objective:
+            of_images = reward.differentiable(output.float(), batch.gt, batch.tasks)
+            losses["loss/reward"] = -of_images.mean()
+        loss = sum(losses.values())
+        state.optimizer.zero_grad()
+        loss.backward()
+        metrics = losses | {"psnr_in": batch_psnr(batch.degraded, batch.gt)}
+        run.update([state.optimizer], loss, metrics | {"psnr_det": batch_psnr(output, batch.gt)})
+    validate_when_due(config, run, reward, val)
+    return state
+
+
+def half_precision(config):
+    """Autocast of the restorer to bfloat16 under --amp bf16. What a policy computes is float32 all
+    the same."""
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
 
 
 # ------------------------------------------------------------------------------------- measurements
@@ -383,13 +416,15 @@ def write_report(config, run, pretrained, reward, held_out):
     table = report.before_after_table(before, after, hard)
     notes = []
     if lost := sum(row["skipped"] for row in runs.read_metrics(folder)):
-        notes.append(f"In {lost} steps loss or gradient were not finite; they were skipped.")
+        notes.append(f"In {lost:.0f} steps loss or gradient were not finite; they were skipped.")
     if config.expert.judge != "none":
         failures = sum(row.get("judge/failures", 0) for row in runs.read_metrics(folder))
-        notes.append("The reward is without the judge's part.")
-        notes.append(f"The judge left {failures:.0f} rollouts without a score.")
-    if reward.is_judge_alone:
-        notes.append("The judge alone trained: the reward here is that of --rewards default.")
+        part = (
+            "of --rewards default, not the judge's" if reward.is_judge_alone else "without its part"
+        )
+        notes.append(
+            f"The reward is {part}. The judge left {failures:.0f} rollouts without a score."
+        )
     text = f"""# {config.objective}: before and after, {len(before)} held-out images
 
 {table}

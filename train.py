@@ -7,6 +7,7 @@ Its flags are in config.py.
 
 import copy
 import sys
+from functools import partial
 
 import torch
 
@@ -67,7 +68,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
 
         # Eq. 4, 5: encode once, decode G sampled actions without graph
         generators = study.generators_of(config, batch.numbers)
-        with half_precision(config):
+        with study.half_precision(config):
             encoding = model.encode(batch.degraded)
             group = grpo.rollout(model, policy, encoding, config.policy.group_size, generators)
 
@@ -78,7 +79,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         # Eq. 1, 2: the best rollout and the mean action again, with graph, train the backbone
         chosen = study.chosen_rollout(scores, config.policy, generators)  # g*
         best_actions = grpo.pick(group.actions, chosen)
-        with half_precision(config):
+        with study.half_precision(config):
             best, mean = grpo.decode_best_and_mean(model, policy, encoding, best_actions)
         weight_rl, weight_sup = study.image_weights(mean, batch.gt, config.policy)
         loss_sup, loss_cons = grpo.supervised_losses(best, mean, batch.gt, weight_sup)
@@ -86,7 +87,8 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         # Eq. 6, 9–11: the stored states and actions train the heads
         with torch.no_grad():
             old, *_ = policy.evaluate(group.states, group.actions)  # log π_old
-        for _ in range(config.policy.inner_epochs - 1):  # then ρ leaves 1, and the clip can bind
+        # Above one inner epoch the heads take some steps alone first: ρ leaves 1, the clip can bind
+        for _ in range(config.policy.inner_epochs - 1):
             loss_rl, _ = heads_loss(config.policy, state, group, old, advantages, weight_rl)
             state.optimizer.zero_grad()
             loss_rl.backward()
@@ -138,40 +140,13 @@ def heads_loss(settings, state, group, old, advantages, weights):
 
 
 def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
-    """The controls: the same samples, steps and rates, no rollouts and no RL. The deterministic
-    output learns from L1 (sft), from the gradient of the reward itself, which RL does without
-    (reward), or from both (reward+sft). Returns the State after the last step."""
+    """The controls: `study.fine_tune` of the deterministic output."""
     hard = mining.hard_samples(config, run, pretrained, samples)
     crops = Crops(hard, config.samples.crop, config.seed)
     state = attach(config, pretrained, crops, checkpoint)
     model, policy = state.live.values()
-    run.start(state, config.objective, shown=dict(psnr="psnr_det"))
-    for batch in run.batches(crops, config.training.batch_size):
-        study.validate_when_due(config, run, reward, val)
-        state.set_rates(config.training)
-        with half_precision(config):
-            mean = model(batch.degraded, policy.mean())
-        losses = {}
-        if "sft" in config.objective:
-            losses["loss/l1"] = (mean - batch.gt).abs().mean()
-        if "reward" in config.objective:
-            of_images = reward.differentiable(mean.float(), batch.gt, batch.tasks)
-            losses["loss/reward"] = -of_images.mean()
-        loss = sum(losses.values())
-        state.optimizer.zero_grad()
-        loss.backward()
-        metrics = losses | {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
-        metrics |= {"psnr_det": study.batch_psnr(mean, batch.gt)}
-        run.update([state.optimizer], loss, metrics)
-    study.validate_when_due(config, run, reward, val)
-    return state
-
-
-def half_precision(config):
-    """Autocast of the backbone to bfloat16 under --amp bf16. What the policy computes is float32
-    all the same."""
-    kind = torch.device(config.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=config.training.amp == "bf16")
+    forward = partial(model, controller=policy.mean())
+    return study.fine_tune(config, run, state, crops, reward, val, forward)
 
 
 # ------------------------------------------------------------------------------------- the program

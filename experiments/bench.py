@@ -243,7 +243,7 @@ class Turns(runs.Run):
         batch = crops.collate([crops[n] for n in range(size)])
         degraded, gt = (t.to(model.output.weight) for t in (batch.degraded, batch.gt))
         batch, self.names = batch._replace(degraded=degraded, gt=gt), batch.names
-        with torch.no_grad(), train.half_precision(self.flags):
+        with torch.no_grad(), study.half_precision(self.flags):
             generators = study.generators_of(self.flags, batch.numbers)
             group_size, encoding = self.config.group_size, model.encode(degraded)
             actions = rollout(model, policy, encoding, group_size, generators).actions

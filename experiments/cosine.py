@@ -83,7 +83,11 @@ def run_program(argv):
     runs.check_device(config.device)
     net = load_restorer(config.init).to(config.device)
     reward = Reward(parse_terms(config.rewards), config.device, config.weights_dir)
-    samples = list_training(config.data_root, tasks=task_names(config.tasks)).train
+    for block in config.block:
+        if config.crop % block:
+            raise runs.RunError(f"--block {block} does not divide --crop {config.crop}")
+    tasks = task_names(config.tasks) if config.tasks else ()
+    samples = list_training(config.data_root, tasks=tasks).train
     crops, policy = (
         Crops(samples, config.crop, config.seed),
         Pixels(config.block, [config.sigma] * len(config.block)),
@@ -104,8 +108,7 @@ def run_program(argv):
                     rl_gradient(net, policy, reward, batch, config.group_size, generators, turn)
                 )
             rows[task] += torch.tensor([cosine(found[0], g) for g in found[1:]]) / len(numbers)
-            # RL's has the scale of advantages: each image counts alike
-            total = total + torch.stack([found[0], *found[1:]])
+            total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
     lines = [[task, *(f"{v:.2f}" for v in values)] for task, values in rows.items()]
     lines.append(["all images together", *(f"{cosine(total[0], g):.2f}" for g in total[1:])])
     print(

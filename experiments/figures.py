@@ -4,7 +4,7 @@ import report
 
 TITLES = {"psnr": "PSNR gain (dB)", "reward": "reward gain (1e-4)"}
 SCALES = {"psnr": 1, "reward": 1e4}
-WINDOW = 40  # steps; D_hard of the demo is passed over in 49
+WINDOW = 40  # steps; D_hard of the demo is passed over in 46
 LINES = dict(colormap="tab20", legend=False, fontsize=8)
 
 

@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 import eval as evaluation
 import lrpo
+from config import parse_over
 from model import CheckpointError, load_restorer, read_checkpoint, restore
 
 
@@ -130,6 +131,14 @@ def test_what_is_no_restorer_is_one_sentence(tmp_path):
         load_restorer(tmp_path / "x4.pth")
 
 
+def test_a_network_whose_output_its_caller_scales_is_refused(tmp_path):
+    from spandrel.architectures.MixDehazeNet import MixDehazeNet
+
+    torch.save(MixDehazeNet().state_dict(), tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match="net.pth is a MixDehazeNet, which is no plain"):
+        load_restorer(tmp_path / "net.pth")
+
+
 # -------------------------------------------------------------------------------------------- runs
 
 
@@ -204,6 +213,25 @@ def test_rl_raises_a_reward_that_has_no_gradient(tmp_path):
     assert gains["rl"] > 0.02 and gains["rl"] > 2 * abs(gains["shuffled"])
 
 
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("objective", ["lrpo", "sft", "reward"])
+def test_the_presets_have_their_controls(preset, objective):
+    flags = ["--preset", preset, "--objective", objective, "--device", "cpu"]
+    presets = dict(demo=lrpo.Config(), paper=lrpo.paper())
+    config = parse_over("lrpo.py", "", presets, flags)
+    lrpo.check(config)
+    assert config.policy == presets[preset].policy
+
+
+def test_strategies_and_inner_epochs_run_together(tiny, tmp_path):
+    """The batch's deviation, the likelihood, difficulty and several updates a group: ρ leaves 1."""
+    flags = "--advantage-scale batch --likelihood 0.001 --weighting difficulty --lambda-sup 0.1"
+    more = "--inner-epochs 2 --kl-beta 0.1 --group-size 7 --steps 3 --lr 1e-3 --clip 0.2"
+    assert lrpo.main(tiny("run", *flags.split(), *more.split())) is None
+    rows = logged(tmp_path / "run")
+    assert all(row["ratio"] != 1 for row in rows) and rows[-1]["kl"] > 0
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -211,6 +239,8 @@ def test_rl_raises_a_reward_that_has_no_gradient(tmp_path):
         (["--block", "3", "--sigma", "0.1"], "--block 3 does not divide --crop 32"),
         (["--sigma", "0", "0.1"], "--sigma is 0.0: it should be greater than 0"),
         (["--objective", "sft", "--group-size", "4"], "does nothing under --objective sft"),
+        (["--group-size", "1"], "--group-size is 1: it should be greater than or equal to 2"),
+        (["--amp", "bf16"], "log π needs float32"),
     ],
 )
 def test_impossible_flags_are_one_sentence(small, capsys, flags, words):

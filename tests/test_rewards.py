@@ -264,6 +264,24 @@ def test_a_reward_of_the_users_is_a_general_term(tmp_path, no_plugs, pair):
     reward.try_plugs(gt[0], has_gradient=True)
 
 
+def test_a_reward_of_the_users_may_leave_torch_and_lie_anywhere(tmp_path, no_plugs, pair):
+    """NumPy, which has no gradient; a folder with = in its name; an annotated dataclass."""
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"
+    head += "@dataclass\nclass Scale:\n    by: float = 1.0\n"
+    source = plug(folder, "return torch.from_numpy(restored.numpy().mean((1, 2, 3)) * Scale().by)")
+    path = folder / "my_rewards.py"
+    path.write_text(head + path.read_text())
+    reward = rewards.Reward(rewards.parse_terms(f"psnr,{source}=0.3"))
+    reward.try_plugs(pair[1][0], has_gradient=False)
+    _, terms = reward(pair[0][:, None], pair[0], pair[1], ["dehaze"] * 2)
+    assert torch.allclose(terms["mine"][:, 0], pair[0].mean(dim=(1, 2, 3)))
+    other = plug(tmp_path, "return gt.mean(dim=(1, 2, 3))")
+    with pytest.raises(rewards.RewardError, match="two functions mine"):
+        rewards.parse_terms(f"{source}=0.3,{other}=0.3")
+
+
 @pytest.mark.parametrize(
     "body, words",
     [
