@@ -24,28 +24,6 @@ from rewards import is_judge_alone, parse_terms
 # -------------------------------------------------------------------------------------- the method
 
 
-def attach(config, pretrained, crops, checkpoint=None):
-    """The `study.State` with a policy attached to a copy of the pre-trained model, such that the
-    deterministic output is the model's; or the one of a checkpoint."""
-    training = config.training
-    torch.manual_seed(config.seed)
-    model = copy.deepcopy(pretrained)
-    model.config["mask_rule"] = config.policy.mask_rule
-    policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
-    policy = policy.to(config.device)
-    if not checkpoint:
-        usual = (batch.degraded for batch in crops.batches_of_each_task(USUAL))
-        policy.fit(states_on(model, policy, usual))
-    model.requires_grad_(not config.policy.freeze_backbone)
-    policy.requires_grad_(not config.policy.freeze_heads)
-    live = torch.nn.ModuleDict(dict(model=model, policy=policy))
-    rates = dict(policy=training.lr * config.policy.head_lr_factor, model=training.lr)
-    state = study.begin(config, live, rates, crops, reference=policy.frozen_copy())
-    if checkpoint:
-        state.load(checkpoint)
-    return state
-
-
 def post_train(config, run, pretrained, reward, samples, val, judge=None, checkpoint=None):
     """IRPO: mines the samples, attaches a policy to the pre-trained model, trains both. Returns the
     State after the last step.
@@ -116,9 +94,31 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
     return state
 
 
+def attach(config, pretrained, crops, checkpoint=None):
+    """The `study.State` with a policy attached to a copy of the pre-trained model, such that the
+    deterministic output is the model's; or the one of a checkpoint."""
+    training = config.training
+    torch.manual_seed(config.seed)
+    model = copy.deepcopy(pretrained)
+    model.config["mask_rule"] = config.policy.mask_rule
+    policy = load_policy(checkpoint) or policy_for(model, config.policy.concentration)
+    policy = policy.to(config.device)
+    if not checkpoint:
+        usual = (batch.degraded for batch in crops.batches_of_each_task(USUAL))
+        policy.fit(states_on(model, policy, usual))
+    model.requires_grad_(not config.policy.freeze_backbone)
+    policy.requires_grad_(not config.policy.freeze_heads)
+    live = torch.nn.ModuleDict(dict(model=model, policy=policy))
+    rates = dict(policy=training.lr * config.policy.head_lr_factor, model=training.lr)
+    state = study.begin(config, live, rates, crops, reference=policy.frozen_copy())
+    if checkpoint:
+        state.load(checkpoint)
+    return state
+
+
 def heads_loss(settings, state, group, old, advantages, weights):
     """Eq. 6 on the stored states and actions of a `grpo.Group`, and its metrics. old: log π_old,
-    advantages: (B, G); weights: (B,), of the images, or None for 1."""
+    advantages: (B, G); weights: (B,), of the images."""
     policy, reference = state.live["policy"], state.reference
     log_prob, entropy, statistics = policy.evaluate(group.states, group.actions)
     with torch.no_grad():
