@@ -54,12 +54,14 @@ TURN = 50  # steps, after which the next crop size has its turn
 MARGIN = 16  # px around a crop, context for blur and streaks
 WEAKEST = {"lowlight": 0.8, "dehaze": 0.8}  # what is a little dark or hazy may be meant so
 REAL = 0.5  # share of real pairs in the crops of a task that has real and synthesised ones
-PALE = 0.25  # share of truths whose black is raised
-NEVER_PALE = ("dehaze", "lowlight")  # tasks for which black has to stay black
+# How often black is raised in a truth, and by how much at most: a blurred pale scene is most like
+# haze; of haze and low light black stays black.
+PALE = {"deblur": (0.4, 0.6), "dehaze": (0, 0), "lowlight": (0, 0)}
+USUALLY_PALE = (0.2, 0.35)
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
-    "denoise15 derain dehaze deblur denoise25 derain lowlight dehaze deblur denoise50 derain "
+    "denoise15 derain dehaze deblur denoise25 derain lowlight deblur denoise50 derain "
     "dehaze deblur lowlight camera"
 )
 FIXED = "data_root photos val_list init seed".split()  # and the model, within a run
@@ -105,8 +107,8 @@ class Config:
     it alone: else the deep levels, and with them the gates, fall silent early"""
     rooms: tuple[Literal[tuple(TASKS)], ...] = ()
     """tasks whose real pairs show what others lack, as dehaze lowlight deblur: their truths become
-    photographs for all tasks, and blurred frames for all but blur; where rooms stand under haze
-    alone, a blurred white wall is taken for haze"""
+    photographs for all tasks, blurred frames for all but blur and haze; where rooms stand under
+    haze alone, a blurred white wall is taken for haze"""
     eval_every: runs.Positive = 2000
     """steps between validations"""
     workers: runs.Workers | None = None
@@ -135,8 +137,8 @@ def another_look(gt, rng, task):
         mean = min(max(float(gt.mean()), 0.05), 0.95)
         darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
         power = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
-    is_pale = task not in NEVER_PALE and rng.random() < PALE
-    veil = rng.uniform(0.05, 0.3) if is_pale else 0.0
+    chance, most = PALE.get(task, USUALLY_PALE)
+    veil = rng.uniform(0.05, most) if rng.random() < chance else 0.0
     light = rng.uniform(0.6, 1.0)
     return lambda image: (1 - veil) * cast * image**power + veil * light
 
@@ -308,9 +310,10 @@ def find_samples(config, stop):
     for sample in {s.gt: s for s in pairs}.values():
         train += [sample._replace(task=task, degraded="") for task in TASKS]
     for sample in pairs:
-        if sample.task == "deblur":  # what is blurred is neither hazy nor dark
+        if sample.task == "deblur":  # what is blurred is not dark, nor is it hazy
             frame = sample._replace(gt=sample.degraded, degraded="")
-            train += [frame._replace(task=task) for task in TASKS if task != "deblur"]
+            others = [task for task in TASKS if task not in ("deblur", "dehaze")]
+            train += [frame._replace(task=task) for task in others]
     if not val:
         raise DataError("no image is left to validate on: name some with --val-list")
     there = {s.task for s in train} | ({"camera"} if any(not s.degraded for s in train) else set())
