@@ -6,7 +6,7 @@ import torch
 from conftest import small_adair
 
 import model
-import train
+import study
 from config import parse
 from experiments import bench
 from grpo import rollout
@@ -66,7 +66,7 @@ def test_under_bf16_the_policy_computes_in_float32():
     groups = {}
     for amp in ("fp32", "bf16"):
         config = parse(["--amp", amp, "--device", "cpu"])
-        with torch.no_grad(), train.half_precision(config):
+        with torch.no_grad(), study.half_precision(config):
             encoding = net.encode(x)
             group = rollout(net, policy, encoding, 4, [torch.Generator().manual_seed(1)])
             inside = policy.evaluate(group.states, group.actions)[0]

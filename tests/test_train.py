@@ -424,9 +424,9 @@ def test_resume_wants_a_run_folder_and_nothing_else(small, tmp_path, capsys):
     early = dataclasses.asdict(config)
     del early["samples"]["draws"]
     runs.save_json(tmp_path / "config.json", early)
-    assert "is not of this version" in fails(capsys, train.main, ["--resume", tmp_path])
+    assert "is not of this program and version" in fails(capsys, train.main, ["--resume", tmp_path])
     (tmp_path / "config.json").write_text('{"steps": 3}')
-    assert "is not of this version" in fails(capsys, train.main, ["--resume", tmp_path])
+    assert "is not of this program and version" in fails(capsys, train.main, ["--resume", tmp_path])
 
 
 def test_an_existing_run_folder_is_left_alone(small, tmp_path, capsys):
