@@ -16,14 +16,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from pydantic import Field
 
 import grpo
 import mining
 import runs
 import study
-from config import DEMO_MODEL, Expert, Samples, Scoring, Training, parse_over, refuse_idle
+from config import DEMO_MODEL, Samples, Training, parse_over, refuse_idle
+from config import Config as IrpoConfig
 from data import Crops
 from model import load_restorer
 from runs import AboveZero, AbsolutePath, NotNegative, Positive
@@ -223,30 +223,17 @@ class Policy:
 
 
 @dataclass
-class Config:
+class Config(IrpoConfig):
     """Post-train any restorer by RL whose actions are pixels, or by its control."""
 
     preset: Literal["demo", "paper"] = "demo"
     """demo: minutes on two CPU cores; paper: LRPO's values, as far as this policy has them"""
     init: AbsolutePath = str(DEMO_MODEL)
     """restorer to start from: AdaIR, official or ours, or any file that spandrel loads"""
-    out: str | None = None
-    """run folder to create; without it, runs/OBJECTIVE-DATE-TIME-seedSEED"""
-    resume: str | None = None
-    """run folder to continue, with its own settings"""
     objective: Literal["lrpo", "sft", "reward"] = "lrpo"
     """lrpo: RL; its controls: sft: ℓ1; reward: gradient ascent of the reward"""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """seed of crops and actions"""
-    device: str = runs.default_device()
-    """cpu, cuda, cuda:1, …"""
-    samples: Samples = field(default_factory=Samples)
     training: Training = field(default_factory=lambda: Training(batch_size=4, lr=1.5e-5))
     policy: Policy = field(default_factory=Policy)
-    scoring: Scoring = field(default_factory=Scoring)
-    expert: Expert = field(default_factory=Expert)
-    command: Annotated[str, tyro.conf.Suppress] = ""
-    plugs: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict)
 
 
 def paper():
@@ -300,9 +287,9 @@ def load(config):
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
     about = "RL whose actions are pixels, for any restorer."
-    config = parse_over("lrpo.py", about, dict(demo=Config(), paper=paper()), argv)
-    check(config)
-    study.carry_out(config, load, post_train if config.objective == "lrpo" else fine_tune)
+    flags = parse_over("lrpo.py", about, dict(demo=Config(), paper=paper()), argv)
+    check(flags)
+    study.carry_out(flags, load, post_train if flags.objective == "lrpo" else fine_tune)
 
 
 def main(argv=None):
