@@ -275,8 +275,9 @@ def check(config):
 # ------------------------------------------------------------------------------------- the program
 
 
-def load(config):
-    """The restorer that --init names. Raises RunError for crops that it cannot take."""
+def load(config, reward):
+    """The restorer that --init names, whatever the reward. Raises RunError for crops that it cannot
+    take."""
     restorer, crop = load_restorer(config.init), config.samples.crop
     if crop % restorer.multiple or crop < restorer.minimum:
         need = f"a multiple of {restorer.multiple}, {restorer.minimum} or more"

@@ -459,11 +459,6 @@ def effective_weights(weights, without=None):
     return {t: share / whole for t, share in shares.items()}
 
 
-def is_judge_alone(weights):
-    """Whether R_qwen is the only term."""
-    return not any(effective_weights(weights, without="qwen").values())
-
-
 def smallest_side(weights):
     """px a side that images need for the terms that are on."""
     return max(term.side if weights.get(name) else 1 for name, term in TERMS.items())
@@ -490,7 +485,8 @@ class Reward:
     def __init__(self, weights, device="cpu", weights_dir=None):
         """weights: as `parse_terms` gives them."""
         self.weights, self.device = weights, device
-        self.is_judge_alone = is_judge_alone(weights)
+        # whether R_qwen is the only term
+        self.is_judge_alone = not any(effective_weights(weights, without="qwen").values())
         on = [TERMS[name] for name, weight in effective_weights(weights).items() if weight]
         paths = {net: weight_file(net, weights_dir) for term in on for net in term.nets}
         self.nets = {net: load_net(net, path).to(device) for net, path in paths.items()}

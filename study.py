@@ -42,8 +42,8 @@ ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeErr
 def carry_out(config, load, method):
     """A run from its flags to its report, until it is done or asked to end.
 
-    load(config) -> the pre-trained model. method(config, run, pretrained, reward, samples, val,
-    judge=…, checkpoint=…) -> the State after the last step.
+    load(config, reward) -> the pre-trained model. method(config, run, pretrained, reward, samples,
+    val, judge=…, checkpoint=…) -> the State after the last step.
     """
     config.device = runs.join(config.device)
     config.out = runs.gather(config.out)[0]  # its default has the time in it
@@ -68,7 +68,8 @@ def whole_run(config, folder, stop, judge, load, method):
         raise CheckpointError(f"{last} is not the last.pt of a run")
 
     # The three things a run is made of: a pre-trained model, a reward, samples.
-    pretrained, reward = load(config), make_reward(config, judge is not None)
+    reward = make_reward(config, judge is not None)
+    pretrained = load(config, reward)
     samples, val, held_out = usable_samples(config.samples, rewards.smallest_side(reward.weights))
     reward.try_plugs(
         evaluation_pair(val[0])[1][:, : config.samples.crop, : config.samples.crop],

@@ -19,7 +19,6 @@ from config import parse
 from data import Crops
 from model import load_pretrained
 from policy import USUAL, load_policy, policy_for, states_on
-from rewards import is_judge_alone, parse_terms
 
 # -------------------------------------------------------------------------------------- the method
 
@@ -152,11 +151,10 @@ def fine_tune(config, run, pretrained, reward, samples, val, judge=None, checkpo
 # ------------------------------------------------------------------------------------- the program
 
 
-def load(config):
+def load(config, reward):
     """The pre-trained model that --init names. Raises RunError for a reward that cannot choose g*:
     a group that the judge alone had to score and could not has no best rollout."""
-    weights = parse_terms(config.scoring.rewards, config.expert.judge != "none")
-    if is_judge_alone(weights) and not config.policy.freeze_backbone:
+    if reward.is_judge_alone and not config.policy.freeze_backbone:
         raise runs.RunError("--rewards with qwen alone goes with --freeze-backbone")
     model = load_pretrained(config.init, config.policy.mask_rule)
     return model.to(config.device, memory_format=torch.channels_last)
