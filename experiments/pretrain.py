@@ -61,7 +61,7 @@ USUALLY_PALE = (0.2, 0.35)
 IN_MEMORY = 4e9  # bytes of decoded images that are kept
 # What is drawn in turn: tasks, and photographs as a camera gives them.
 CYCLE = (
-    "denoise15 derain dehaze deblur denoise25 derain lowlight deblur denoise50 derain "
+    "denoise15 derain dehaze deblur denoise25 derain lowlight deblur dehaze denoise50 derain "
     "dehaze deblur lowlight camera"
 )
 FIXED = "data_root photos val_list init seed".split()  # and the model, within a run
