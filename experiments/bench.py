@@ -3,6 +3,7 @@ plainly.
 
     python -m experiments.bench                  a step and inference; the demo model
     python -m experiments.bench --model paper    the same at the published size, random weights
+    python -m experiments.bench lrpo             a step of LRPO against the size of its group
 
 Both sides run in one process with the same weights, inputs and actions, in turns; a ratio is one of
 medians. Figures of two runs, and of two machines, cannot be compared. What is written plainly here
@@ -29,11 +30,12 @@ import torch.nn.functional as F
 import tyro
 from pydantic import Field
 
+import lrpo
 import report
 import runs
 import study
 import train
-from config import DEMO_MODEL, parse
+from config import DEMO_MODEL, parse, parse_over
 from data import DataError, list_training
 from grpo import rollout
 from model import AdaIR, CheckpointError, load_adair
@@ -44,8 +46,8 @@ from rewards import Reward, parse_terms
 class Config:
     """Measure."""
 
-    what: tyro.conf.Positional[Literal["both", "step", "inference"]] = "both"
-    """both: step and inference"""
+    what: tyro.conf.Positional[Literal["both", "step", "inference", "lrpo"]] = "both"
+    """both: step and inference; lrpo: a step of LRPO on one image, for G of 4, 16, 64, 256"""
     model: Literal["demo", "paper"] = "demo"
     """paper: Table 6's size, random weights"""
     crop: Annotated[int, Field(ge=16, le=256, multiple_of=8)] = 128
@@ -321,18 +323,55 @@ def bench_inference(config, side):
     return line(f"forward at {side} px", *taken, f"{(restored - wanted).abs().max():.0e}")
 
 
+class Again(runs.Run):
+    """A run whose loop is given one batch again and again. Leaves what `measured` took of it."""
+
+    def batches(self, crops, size, until=None):
+        self.crops, self.taken = 0, []  # so that the state stays what it is
+        batch = crops.collate([crops[n] for n in range(size)])
+        degraded, gt = (t.to(self.config.device) for t in (batch.degraded, batch.gt))
+        batch, self.names = batch._replace(degraded=degraded, gt=gt), batch.names
+        for _ in range(self.config.repeats + 2):
+            with measured(self.config, self.taken):
+                yield batch
+
+
+def bench_lrpo(config, group_size):
+    """A step of `lrpo.post_train` on one image: a line of the table."""
+    flags = ["--hard-ratio", 1, "--batch-size", 1, "--device", config.device]
+    flags += ["--crop", config.crop, "--group-size", group_size]
+    flags = parse_over("lrpo.py", "", dict(demo=lrpo.Config()), [str(flag) for flag in flags])
+    reward = Reward(parse_terms("default"), config.device)
+    samples = list_training(None, tasks=["dehaze"]).train[:1]
+    talk = contextlib.redirect_stdout(sys.stderr)  # what a run says is no figure
+    with tempfile.TemporaryDirectory() as folder, talk:
+        with Again(folder, runs.Stop(), "", config.device, save_every=1 << 60) as run:
+            run.config = config
+            lrpo.post_train(flags, run, build(config), reward, samples, [])
+    return [
+        f"G = {group_size}",
+        f"{statistics.median(run.taken[1:-1]):.2f}",
+        f"{run.taken[-1]:.0f}",
+    ]
+
+
 def run_program(argv):
     config = runs.flags(Config, "experiments.bench", __doc__, argv)
     runs.check_device(config.device)
-    rows = [bench_step(config)] if config.what != "inference" else []
-    rows += [bench_inference(config, s) for s in config.sizes if config.what != "step"]
+    if config.what == "lrpo":
+        rows = [bench_lrpo(config, group_size) for group_size in (4, 16, 64, 256)]
+        head = ["LRPO, one image", "s a step", "MiB"]
+    else:
+        rows = [bench_step(config)] if config.what != "inference" else []
+        rows += [bench_inference(config, s) for s in config.sizes if config.what != "step"]
+        head = ["", "ours, ms", "plain, ms", "ratio", "ours, MiB", "plain, MiB", "ratio"]
+        head.append("difference")
     where = f"{torch.get_num_threads()} CPU threads"
     if runs.on_gpu(config.device):
         where = torch.cuda.get_device_name(config.device)
     print(f"model {config.model}, {config.dtype}, {where}, torch {torch.__version__}, ", end="")
     print(f"medians of {config.repeats}\n")
-    head = ["", "ours, ms", "plain, ms", "ratio", "ours, MiB", "plain, MiB", "ratio"]
-    print(report.markdown([*head, "difference"], rows))
+    print(report.markdown(head, rows))
 
 
 def main(argv=None):

@@ -56,12 +56,31 @@ TABLES = {  # Tables 4 and 5; measured by one reward, see measure.py
     "group-2": "--group-size 2",
     "group-8": "--group-size 8",
 }
-JUDGE = "--judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen --freeze-backbone"
+JUDGE_ALONE = "--judge http://127.0.0.1:8001/v1 --judge-model exposure --rewards qwen"
+JUDGE = f"{JUDGE_ALONE} --freeze-backbone"
 JUDGED = {  # by exposure_judge.py alone, which has to be running
     "judged": JUDGE,
     "judged-shuffled": f"{JUDGE} --shuffle-advantages",
 }
-GROUPS = dict(main=MAIN, time=TIME, data=DATA, tables=TABLES, judged=JUDGED)
+LRPO = {  # python lrpo.py instead of train.py
+    "lrpo": "",
+    "lrpo-shuffled": "--shuffle-advantages",
+    "lrpo-sft-time": "--objective sft --steps 180",  # as long as 120 steps of lrpo
+    "lrpo-reward-time": "--objective reward --steps 180",
+}
+LRPO_JUDGED = {  # by exposure_judge.py, too
+    "lrpo-judged": f"{JUDGE_ALONE} --group-size 16",
+    "lrpo-judged-shuffled": f"{JUDGE_ALONE} --group-size 16 --shuffle-advantages",
+}
+GROUPS = {
+    "main": MAIN,
+    "time": TIME,
+    "data": DATA,
+    "tables": TABLES,
+    "judged": JUDGED,
+    "pixels": LRPO,
+    "pixels-judged": LRPO_JUDGED,
+}
 ARMS = {name: flags for group in GROUPS.values() for name, flags in group.items()}
 
 
@@ -70,7 +89,7 @@ class Config:
     """Repeat the experiments."""
 
     arms: tuple[str, ...] = ("irpo", "sft", "rl", "rl-shuffled")
-    """which of them, or groups of them: main, time, data, tables, judged"""
+    """which of them, or groups of them: main, time, data, tables, judged, pixels, pixels-judged"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """seeds of every arm"""
     out: Path = Path("runs/results")
@@ -84,11 +103,12 @@ class Config:
 def run(config, arm, seed):
     """One run to its end; True if it reached it. What it prints goes to SEED.log."""
     folder = config.out.resolve() / arm / str(seed)
+    program = "lrpo.py" if arm in LRPO | LRPO_JUDGED else "train.py"
     flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
     flags += shlex.split(f"{ARMS[arm]} {config.flags}")
     if (folder / "config.json").exists():
         command = runs.load_json(folder / "config.json")["command"]
-        if not f"{command} ".startswith(shlex.join(["python", "train.py", *flags]) + " "):
+        if not f"{command} ".startswith(shlex.join(["python", program, *flags]) + " "):
             print(f"{folder} was begun by another command, {command}: choose another --out")
             return False
         flags = ["--resume", str(folder)]
@@ -97,7 +117,7 @@ def run(config, arm, seed):
     report = folder / "report.json"
     if not report.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "train.py", *flags]
+        command = [sys.executable, program, *flags]
         threads = {"OMP_NUM_THREADS": "1"} if config.jobs > 1 else {}
         with open(f"{folder}.log", "a") as log:
             subprocess.run(command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=log)

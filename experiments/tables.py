@@ -53,6 +53,8 @@ CONTROLS = {
     "hard-30": "random-30 easy-30 all-data all-data-epochs hard-10 hard-50",
     "group-8": "irpo",
     "judged": "judged-shuffled",
+    "lrpo": "lrpo-shuffled lrpo-sft-time lrpo-reward-time",
+    "lrpo-judged": "lrpo-judged-shuffled",
 }
 PAIRS = [(arm, control) for arm, of in CONTROLS.items() for control in of.split()]
 
