@@ -32,14 +32,14 @@ from runs import AboveZero, AbsolutePath, NotNegative, Positive
 
 
 @dataclass
-class Rollout:
-    """What a rollout went through: all that log π needs."""
+class Path:
+    """What rollouts went through: all that log π needs."""
 
     degraded: torch.Tensor  # (B, 3, H, W)
     block: int  # px a side
     sigma: float
     actions: torch.Tensor  # (B, G, 3, H/b, W/b)
-    output: torch.Tensor | None  # (B, 3, H, W), of the restorer as it is now, with graph
+    computed: dict  # by the weights as they are now, with graph
 
 
 class Pixels:
@@ -59,7 +59,7 @@ class Pixels:
         self.steps = list(zip(blocks, sigmas))
 
     def rollout(self, restorer, degraded, group_size, generators, turn):
-        """(restored (B, G, 3, H, W) without graph, Rollout) of images (B, 3, H, W). Noise comes in
+        """(restored (B, G, 3, H, W) without graph, Path) of images (B, 3, H, W). Noise comes in
         pairs of opposite sign (of an odd G one has no partner): its mean in a group is zero, and
         what the reward has of even order cancels. turn: which block size."""
         block, sigma = self.steps[turn % len(self.steps)]
@@ -69,30 +69,34 @@ class Pixels:
         half = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
         noise = sigma * torch.cat((half, -half), dim=1)[:, :group_size]  # (B, G, 3, H/b, W/b)
         restored = output.detach()[:, None] + enlarged(noise, block)
-        return restored, Rollout(degraded, block, sigma, means[:, None] + noise, output)
+        actions = means[:, None] + noise
+        return restored, Path(degraded, block, sigma, actions, computed=dict(output=output))
+
+    def output(self, restorer, path):
+        """f(x) (B, 3, H, W), with graph; runs the restorer where it changed."""
+        if "output" not in path.computed:
+            path.computed["output"] = restorer(path.degraded)
+        return path.computed["output"]
 
     def means(self, restorer, path):
-        """The densities' means (B, 3, H/b, W/b), with graph; runs the restorer where it changed."""
-        if path.output is None:
-            path.output = restorer(path.degraded)
-        return F.avg_pool2d(path.output, path.block)
+        """The density's means, for all rollouts: (B, 1, 3, H/b, W/b)."""
+        return F.avg_pool2d(self.output(restorer, path), path.block)[:, None]
 
     def log_prob(self, restorer, path):
-        """log π(a | x), the mean over the entries of an action: (B, G)."""
-        means = self.means(restorer, path)[:, None]
-        return log_normal(path.actions, means, path.sigma).mean(dim=(2, 3, 4))
+        """log π(a | x) of the one step, the mean over the entries of an action: (B, G, 1)."""
+        return log_normal(path.actions, self.means(restorer, path), path.sigma)
 
     def kl(self, restorer, reference, path):
-        """KL(π ‖ π_ref), the mean over entries, exact: (B,)."""
+        """KL(π ‖ π_ref), the mean over entries, exact: (B, 1, 1)."""
         with torch.no_grad():
-            start = F.avg_pool2d(reference(path.degraded), path.block)
-        difference = self.means(restorer, path) - start
-        return difference.square().mean(dim=(1, 2, 3)) / (2 * path.sigma**2)
+            start = F.avg_pool2d(reference(path.degraded), path.block)[:, None]
+        off = (self.means(restorer, path) - start).square().mean(dim=(2, 3, 4))
+        return off[..., None] / (2 * path.sigma**2)
 
     def log_likelihood(self, restorer, path, gt):
-        """ℓ, the mean log-density of the truth (B, 3, H, W) as an action: (B,)."""
-        truth = F.avg_pool2d(gt, path.block)
-        return log_normal(truth, self.means(restorer, path), path.sigma).mean(dim=(1, 2, 3))
+        """ℓ, the mean log-density of the truth (B, 3, H, W) as an action: (B, 1, 1)."""
+        truth = F.avg_pool2d(gt, path.block)[:, None]
+        return log_normal(truth, self.means(restorer, path), path.sigma)
 
     def noise_level(self, path):
         """σ_j / mean σ over the steps: what LRPO multiplies advantages by. A preconditioner."""
@@ -105,8 +109,9 @@ def enlarged(blocks, size):
 
 
 def log_normal(x, mean, sigma):
-    """log N(x; mean, σ²), elementwise."""
-    return -(x - mean).square() / (2 * sigma**2) - math.log(sigma) - 0.5 * math.log(2 * math.pi)
+    """log N(x; mean, σ²) of (B, G, 3, h, w), the mean over entries: (B, G, 1)."""
+    off = (x - mean).square().mean(dim=(2, 3, 4))[..., None]
+    return -off / (2 * sigma**2) - math.log(sigma) - 0.5 * math.log(2 * math.pi)
 
 
 # --------------------------------------------------------------------------------------- the method
@@ -132,23 +137,25 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             restorer, batch.degraded, settings.group_size, generators, turn=state.step
         )
         scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks, judge)
-        advantages = study.advantages(scores, settings, generators)  # (B, G)
+        advantages = study.advantages(scores, settings, generators)[..., None]  # (B, G, 1)
 
-        # Noise-level advantage assignment
+        # Noise-level advantage assignment, one for every step of a path: (B, G, S)
         if settings.noise_levels:
             advantages = (advantages * policy.noise_level(path)).clamp(-5, 5)
-        weight_rl, weight_sup = study.image_weights(path.output, batch.gt, settings)
-        advantages = weight_rl[:, None] * advantages
+        output = policy.output(restorer, path)
+        weight_rl, weight_sup = study.image_weights(output, batch.gt, settings)
+        advantages = weight_rl[:, None, None] * advantages
         metrics = study.describe(scores, terms, judge)
         metrics |= {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
-        metrics |= {"psnr_det": study.batch_psnr(path.output, batch.gt)}
+        metrics |= {"psnr_det": study.batch_psnr(output, batch.gt)}
 
         old = policy.log_prob(restorer, path).detach()  # log π_old
         for left in reversed(range(settings.inner_epochs)):
-            ratio = (policy.log_prob(restorer, path) - old).exp()  # (B, G)
+            ratio = (policy.log_prob(restorer, path) - old).exp()  # (B, G, S)
             surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
-            likelihood = policy.log_likelihood(restorer, path, batch.gt)  # ℓ (B,)
-            l1 = ((path.output - batch.gt).abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
+            likelihood = policy.log_likelihood(restorer, path, batch.gt)  # ℓ
+            off = policy.output(restorer, path) - batch.gt
+            l1 = (off.abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
             loss = (
                 -surrogate
                 + settings.likelihood * (1 - (likelihood / 40).exp()).mean()
@@ -159,7 +166,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
                 loss = loss + settings.kl_beta * metrics["kl"]
             state.optimizer.zero_grad()
             loss.backward()
-            path.output = None  # of weights that change now
+            path.computed.clear()  # the weights change now
             if left:
                 run.descend([state.optimizer], loss, max_norm=1.0)
         metrics |= {"loss/rl": -surrogate, "loss/sup": l1, "log_likelihood": likelihood.mean()}

@@ -46,12 +46,12 @@ def test_log_prob_kl_and_likelihood_against_torch_distributions(block):
     density, reference = Normal(pool(net(x)), 0.05), Normal(pool(start(x)), 0.05)
     for g in range(6):
         by_hand = density.log_prob(path.actions[:, g]).mean(dim=(1, 2, 3))
-        assert torch.allclose(policy.log_prob(net, path)[:, g], by_hand)
+        assert torch.allclose(policy.log_prob(net, path)[:, g, 0], by_hand)
         assert torch.allclose(pool(restored[:, g]), path.actions[:, g])  # blocks have these means
     kl = kl_divergence(density, reference).mean(dim=(1, 2, 3))
-    assert torch.allclose(policy.kl(net, start, path), kl)
+    assert torch.allclose(policy.kl(net, start, path)[:, 0, 0], kl)
     likelihood = density.log_prob(pool(gt)).mean(dim=(1, 2, 3))
-    assert torch.allclose(policy.log_likelihood(net, path, gt), likelihood)
+    assert torch.allclose(policy.log_likelihood(net, path, gt)[:, 0, 0], likelihood)
 
 
 def test_noise_comes_in_pairs_and_follows_the_density():
@@ -83,7 +83,7 @@ def test_the_estimate_of_the_gradient_is_unbiased(block):
         restored, path = policy.rollout(net, x, 64, seeded(seed=100 + k), turn=0)
         rewards = -(restored - t[:, None]).square().sum(dim=(2, 3, 4))
         advantages = rewards - rewards.mean(dim=1, keepdim=True)
-        estimate = (advantages * policy.log_prob(net, path)).mean() * entries
+        estimate = (advantages * policy.log_prob(net, path)[..., 0]).mean() * entries
         found = found + torch.autograd.grad(estimate, net.weight)[0] / 300
     y = net(x)
     gradient = -2 * (y - t).detach()  # of R in the pixels

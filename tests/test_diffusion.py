@@ -1,0 +1,106 @@
+"""The chain against simulation, Bayes' rule and torch.distributions."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from diffusion import Chain, Steps, schedule
+
+
+def chain(seed=0, **config):
+    """A small chain whose network does something, float64."""
+    torch.manual_seed(seed)
+    net = Chain(width=8, **config).double()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return net
+
+
+def images(n=2):
+    return torch.rand(n, 3, 8, 8, dtype=torch.float64)
+
+
+def seeded(n=2, seed=0):
+    return [torch.Generator().manual_seed(seed + k) for k in range(n)]
+
+
+def test_the_schedule_is_resshifts():
+    roots = [math.sqrt(eta) for eta in schedule(steps=4, kappa=0.5, smallest=0.1, power=0.3)]
+    assert roots == pytest.approx([0, 0.10, 0.52, 0.76, 0.99], abs=5e-3)
+    roots = [math.sqrt(eta) for eta in schedule(steps=15, kappa=2, smallest=0.04, power=0.3)]
+    assert roots[1] == pytest.approx(0.02) and roots[-1] == pytest.approx(0.99)
+
+
+def test_a_chain_that_knows_the_truth_has_the_marginals_of_q():
+    """20,000 walks of one pixel, whose network returns x_0."""
+    net, n = Chain(width=8).double(), 20_000
+    x0, y = torch.full((n, 3, 1, 1), 0.3).double(), torch.full((n, 3, 1, 1), -0.5).double()
+    net.predict = lambda x, y, t: x0
+    torch.manual_seed(0)
+    for t, before, after in net.walk(y, lambda: torch.randn_like(y)):
+        for step, x in ((t, before), (t - 1, after)):
+            mean, deviation = net.marginal(x0, y, torch.full((n,), step))
+            if step == net.steps:  # the chain starts at y, not at x_0 + 0.99² (y − x_0)
+                mean = y
+            assert x.mean().item() == pytest.approx(mean.mean().item(), abs=0.02)
+            assert x.std().item() == pytest.approx(deviation.mean().item(), rel=0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("t", [2, 3, 4])
+def test_a_step_is_bayes_rule(t):
+    """q(x_{t−1} | x_t, x_0, y) ∝ q(x_t | x_{t−1}, y) q(x_{t−1} | x_0, y), two Gaussians in x_{t−1};
+    q(x_t | x_{t−1}, y) = N(x_{t−1} + α_t (y − x_0), κ² α_t)."""
+    net, (x0, y, x) = Chain(width=8), (0.3, -0.5, 0.1)
+    alpha, before, k2 = net.eta[t] - net.eta[t - 1], net.eta[t - 1], net.kappa**2
+    precision = 1 / (k2 * alpha) + 1 / (k2 * before)
+    prior = x0 + before * (y - x0)
+    mean = ((x - alpha * (y - x0)) / (k2 * alpha) + prior / (k2 * before)) / precision
+    kept, new = net.weights(t)
+    assert kept * x + new * x0 == pytest.approx(mean)
+    assert net.sigma(t) == pytest.approx(precision**-0.5)
+    assert net.sigma(1) == 0
+
+
+def test_log_prob_kl_and_likelihood_against_torch_distributions():
+    net, start, y, gt = chain(0), chain(1), images(), images()
+    policy = Steps(net)
+    restored, path = policy.rollout(net, y, 3, seeded())
+    assert restored.shape == (2, 3, 3, 8, 8) and path.before.shape == (2, 3, 3, 3, 8, 8)
+    assert torch.equal(path.before[:, :, 1:], path.after[:, :, :-1])
+    logp, kl = policy.log_prob(net, path), policy.kl(net, start, path)
+    likelihood = policy.log_likelihood(net, path, gt)
+    for g in range(3):
+        for s, t in enumerate((4, 3, 2)):
+            x, time = path.before[:, g, s], torch.full((2,), t)
+            kept, new = net.weights(t)
+            mean, other = (kept * x + new * n.predict(x, 2 * y - 1, time) for n in (net, start))
+            density, reference = Normal(mean, net.sigma(t)), Normal(other, net.sigma(t))
+            found = density.log_prob(path.after[:, g, s]).mean(dim=(1, 2, 3))
+            assert torch.allclose(logp[:, g, s], found)
+            divergence = kl_divergence(density, reference).mean(dim=(1, 2, 3))
+            assert torch.allclose(kl[:, g, s], divergence)
+            truth = Normal(kept * x + new * (2 * gt - 1), net.sigma(t))
+            # E log π = −KL(q ‖ π) − entropy of q
+            wanted = -kl_divergence(truth, density) - truth.entropy()
+            assert torch.allclose(likelihood[:, g, s], wanted.mean(dim=(1, 2, 3)))
+
+
+def test_the_last_step_returns_the_prediction_and_noise_follows_the_generators():
+    net, y = chain(), images()
+    policy = Steps(net)
+    (one, path), (two, _) = (policy.rollout(net, y, 4, seeded()) for _ in range(2))
+    assert torch.equal(one, two)
+    flat, last = path.after[:, :, -1].flatten(0, 1), torch.ones(8, dtype=torch.long)
+    wanted = net.predict(flat, (2 * y - 1).repeat_interleave(4, dim=0), last)
+    assert torch.allclose(one.flatten(0, 1), (wanted + 1) / 2)
+    other, _ = policy.rollout(net, y, 4, [seeded()[0], *seeded(1, seed=9)])
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+def test_without_noise_the_chain_is_a_restorer():
+    net, y = chain(), images()
+    out = net(y)
+    assert out.shape == y.shape and torch.equal(out, net(y)) and out.requires_grad
+    assert not torch.allclose(out, y)
