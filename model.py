@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from diffusion import Chain
+
 # The rates of a model whose masks were empty while it was trained, as every official one's at crops
 # of 128. 0.01 rounds to an empty mask on images under 200 px. A Beta of that mean opens a mask in a
 # few percent of rollouts only.
@@ -516,7 +518,7 @@ def adair_config(state):
 def load_restorer(path):
     """The restorer at `path`, in eval mode and float32: a module (B, 3, H, W) -> (B, 3, H, W) of
     images in [0, 1] whose sides are a multiple of its `multiple` and at least its `minimum`. An
-    AdaIR, or any architecture that spandrel tells from its weights.
+    AdaIR, a diffusion.Chain, or any architecture that spandrel tells from its weights.
 
     Nothing in the file is executed: it is read as tensors and plain values alone. Raises
     CheckpointError for one that is unknown or is no restorer of RGB images.
@@ -529,14 +531,21 @@ def load_restorer(path):
     try:
         state = stored.get("model", stored.get("state_dict", stored))  # ours, Lightning's, others'
         is_adair = any(key.endswith("fre1.para1") for key in state)
+        is_chain = "kappa" in stored.get("config", {})
         loader = spandrel.ModelLoader("cpu")
-        found = is_adair or loader.load_from_state_dict(spandrel.canonicalize_state_dict(state))
+        found = (
+            is_adair
+            or is_chain
+            or loader.load_from_state_dict(spandrel.canonicalize_state_dict(state))
+        )
     except Exception as error:  # an architecture that it does not know, or no weights at all
         raise CheckpointError(
             f"{path} is no restorer that spandrel knows ({error!r:.200})"
         ) from None
     if is_adair:
         return load_adair(path, checkpoint=stored)
+    if is_chain:
+        return load_chain(path, stored)
     name, sizes = found.architecture.name, found.size_requirements
     if not isinstance(found, spandrel.ImageModelDescriptor) or found.scale != 1:
         raise CheckpointError(f"{path} is a {name} of scale {found.scale}, not an image restorer")
@@ -556,9 +565,19 @@ def load_restorer(path):
     return net
 
 
+def load_chain(path, stored):
+    """The diffusion.Chain of a checkpoint of ours. Raises CheckpointError."""
+    try:
+        chain = Chain(**stored["config"])
+        chain.load_state_dict(stored["model"])
+    except Exception as error:
+        raise CheckpointError(f"{path} holds no chain of this version ({error!r:.200})") from None
+    return chain.float().eval()
+
+
 def model_state(model):
-    """What a checkpoint holds of a model: its weights, and of an AdaIR its configuration."""
-    config = dict(config=model.config) if isinstance(model, AdaIR) else {}
+    """What a checkpoint holds of a model: its weights, and of one of ours its configuration."""
+    config = dict(config=model.config) if isinstance(model, (AdaIR, Chain)) else {}
     return dict(model=model.state_dict(), **config)
 
 

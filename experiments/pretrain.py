@@ -1,9 +1,11 @@
 """Supervised pre-training of AdaIR, which the demo model came from: L1 on crops whose degradation,
 strength, exposure and colour vary; Muon for the matrices, Adam for the rest; warm-up, a constant
 rate, and a decay at the end, so that the length need not be known at the start; the result,
-model.pt, is an average of the weights.
+model.pt, is an average of the weights. The same of a diffusion chain, by the squared error of what
+it predicts at a random step.
 
     python -m experiments.pretrain --data-root data --out runs/pretrain
+    python -m experiments.pretrain --data-root data --out runs/chain --model chain
 
 Killed, the same command goes on where it stopped (bit for bit on the same machine).
 """
@@ -35,12 +37,14 @@ from data import (
     split_usable,
 )
 from degradations import camera, quantise
+from diffusion import Chain
 from metrics import evaluation_pair, psnr
 from model import (
     AdaIR,
     CheckpointError,
     Encoding,
     load_pretrained,
+    load_restorer,
     model_digest,
     read_checkpoint,
     restore,
@@ -64,7 +68,7 @@ CYCLE = (
     "denoise15 derain dehaze deblur denoise25 derain lowlight deblur dehaze denoise50 derain "
     "dehaze deblur lowlight camera"
 )
-FIXED = "data_root photos val_list init seed".split()  # and the model, within a run
+FIXED = "data_root photos val_list model init seed".split()  # and the model, within a run
 
 
 @dataclass
@@ -78,8 +82,10 @@ class Config:
     val_list: str | None = None
     """text file that names the images to validate on, one a line; without it, the last of every
     task"""
+    model: Literal["adair", "chain"] = "adair"
+    """what is trained; chain: diffusion.py"""
     init: str | None = None
-    """AdaIR to start from; without it, from scratch. Its para2 stays as it is"""
+    """model to start from; without it, from scratch. An AdaIR's para2 stays as it is"""
     out: str = "runs/pretrain"
     """run folder, created or continued"""
     dim: runs.MultipleOf8 | None = None
@@ -267,9 +273,17 @@ class State:
 
 
 def make_model(config):
-    """A new AdaIR, or that of --init. Raises RunError for flags of a new one beside --init."""
+    """A new model, or that of --init. Raises RunError for flags of a new AdaIR beside --init or
+    --model chain."""
     torch.manual_seed(config.seed)
     given = {name: getattr(config, name) for name in NEW_MODEL if getattr(config, name) is not None}
+    if config.model == "chain":
+        for name in given:
+            raise runs.RunError(f"--{name} is of AdaIR, not of --model chain")
+        net = load_restorer(config.init) if config.init else Chain()
+        if not isinstance(net, Chain):
+            raise runs.RunError(f"{config.init} holds no chain: leave --model chain out")
+        return net
     if not config.init:
         sizes = NEW_MODEL | given
         return AdaIR(*sizes.values(), mask_rule="fraction", rates=(RATE, RATE))
@@ -278,6 +292,22 @@ def make_model(config):
     net = load_pretrained(config.init, "fraction")
     net.config["mask_rule"] = "fraction"
     return net
+
+
+def adair_loss(net, batch, config, rngs):
+    """ℓ1 of an AdaIR's output, skip connections dropped."""
+    encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
+    return (net.decode(encoding) - batch.gt).abs().mean()
+
+
+def chain_loss(net, batch, config, rngs):
+    """The squared error of x̂_0 at a random step of every image, drawn from q(x_t | x_0, y)."""
+    x0, y = 2 * batch.gt - 1, 2 * batch.degraded - 1
+    t = torch.tensor([rng.integers(1, net.steps + 1) for rng in rngs], device=y.device)
+    mean, deviation = net.marginal(x0, y, t)
+    draws = [rng.standard_normal(y.shape[1:], dtype=np.float32) for rng in rngs]
+    noise = torch.from_numpy(np.stack(draws)).to(y)
+    return (net.predict(mean + deviation * noise, y, t) - x0).square().mean()
 
 
 def drop_skips(encoding, chance, rngs):
@@ -365,6 +395,7 @@ def validate(model, val, stop):
 def pretrain(config, stop):
     """Trains, and prints what the averaged weights gain on the validation images."""
     net = make_model(config).train().to(config.device, memory_format=torch.channels_last)
+    loss_of = chain_loss if config.model == "chain" else adair_loss
     samples, val = find_samples(config, stop)
     averaged, optimizers = runs.averaged(net, EMA), optimizers_of(net, config)
 
@@ -385,7 +416,7 @@ def pretrain(config, stop):
 
     again = "the same command"
     with runs.Run(folder, stop, again, config.device, config.workers, failures=(DataError,)) as run:
-        run.start(state, "pretrain", shown=dict(l1="loss/total"), steps=config.steps)
+        run.start(state, "pretrain", shown=dict(loss="loss/total"), steps=config.steps)
         while state.step < config.steps:
             crops.crop, size = crop_and_size(state.step)
             # until this crop's turn is over, or a validation is due
@@ -396,8 +427,7 @@ def pretrain(config, stop):
                 for optimizer, lr in zip(optimizers, (config.muon_lr, config.lr)):
                     optimizer.param_groups[0]["lr"] = lr * factor
                 rngs = [np.random.default_rng((config.seed, n, 2)) for n in batch.numbers]
-                encoding = drop_skips(net.encode(batch.degraded), config.drop_skip, rngs)
-                loss = (net.decode(encoding) - batch.gt).abs().mean()
+                loss = loss_of(net, batch, config, rngs)
                 net.zero_grad()
                 loss.backward()
                 run.update(optimizers, loss, {"crop": crops.crop}, max_norm=1.0)
