@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from grpo import over_patches
+
 # ------------------------------------------------------------------------------------- the network
 
 
@@ -185,13 +187,13 @@ class Steps:
         flat = chain.predict(path.before.flatten(0, 2), y.flatten(0, 2), t)
         return flat.unflatten(0, (b, g, s))
 
-    def distances(self, chain, path, target):
-        """(target − mean of the step)²/2σ², the mean over pixels: (B, G, S). target: x̂_0 or x_0 in
-        whose place the step's own x̂_0 is looked at."""
+    def distances(self, chain, path, target, patch=0):
+        """(target − mean of the step)²/2σ², the mean over pixels: (B, G, S, h, w) of patches, or
+        (B, G, S, 1, 1). target: x̂_0 or x_0 in whose place the step's own x̂_0 is looked at."""
         if "x0" not in path.computed:
             path.computed["x0"] = self.predict(chain, path)
-        off = (target - path.computed["x0"]).square().mean(dim=(3, 4, 5))
-        return (self.new / self.sigmas).to(off).square() * off / 2
+        off = over_patches((target - path.computed["x0"]).square(), patch)
+        return (self.new / self.sigmas).to(off).square()[:, None, None] * off / 2
 
     def output(self, chain, path):
         """The restoration without noise, (B, 3, H, W)."""
@@ -199,29 +201,31 @@ class Steps:
             path.computed["output"] = chain(path.degraded)
         return path.computed["output"]
 
-    def log_prob(self, chain, path):
-        """log π(x_{t−1} | x_t, y), the mean over pixels: (B, G, S)."""
+    def log_prob(self, chain, path, patch=0):
+        """log π(x_{t−1} | x_t, y), the mean over pixels, of patches or of the whole image:
+        (B, G, S, h, w)."""
         kept = (1 - self.new).to(path.before)[:, None, None, None]
         # the x̂_0 under which x_{t−1} would be the mean
         target = (path.after - kept * path.before) / (1 - kept)
-        return -self.distances(chain, path, target) - self.constant(path)
+        return -self.distances(chain, path, target, patch) - self.constant(path)
 
     def kl(self, chain, reference, path):
-        """KL(π ‖ π_ref) of the visited steps, the mean over pixels, exact: (B, G, S)."""
+        """KL(π ‖ π_ref) of the visited steps, the mean over pixels, exact: (B, G, S, 1, 1)."""
         with torch.no_grad():
             start = self.predict(reference, path)
         return self.distances(chain, path, start)
 
     def log_likelihood(self, chain, path, gt):
         """ℓ, the mean log-density of the truth's own x_{t−1} ~ q(x_{t−1} | x_t, x_0 = gt, y), in
-        expectation over it: (B, G, S). gt: (B, 3, H, W) in [0, 1]."""
+        expectation over it: (B, G, S, 1, 1). gt: (B, 3, H, W) in [0, 1]."""
         target = (2 * gt - 1)[:, None, None]
         return -self.distances(chain, path, target) - 0.5 - self.constant(path)
 
     def constant(self, path):
-        """log σ + log √2π of every step, (S,)."""
-        return self.sigmas.to(path.before).log() + 0.5 * math.log(2 * math.pi)
+        """log σ + log √2π of every step, (S, 1, 1)."""
+        constant = self.sigmas.log() + 0.5 * math.log(2 * math.pi)
+        return constant.to(path.before)[:, None, None]
 
     def noise_level(self, path):
-        """σ_t / mean σ over the steps, (S,): what LRPO multiplies advantages by."""
-        return (self.sigmas / self.sigmas.mean()).to(path.before)
+        """σ_t / mean σ over the steps, (S, 1, 1): what LRPO multiplies advantages by."""
+        return (self.sigmas / self.sigmas.mean()).to(path.before)[:, None, None]

@@ -7,6 +7,7 @@ Everything about a group is (B, G, …): B images with G rollouts each.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------- the group
 
@@ -70,7 +71,7 @@ def decode_best_and_mean(model, policy, encoding, best_actions):
 
 
 def group_advantages(rewards, eps=1e-6):
-    """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (B, G) -> (B, G), without
+    """A = (r − r̄)/s, s = √(mean (r − r̄)² + ε) over each group; (…, G) -> (…, G), without
     gradient. Eq. 8.
 
     ε stands inside the root: a group of equal rewards gets advantage 0, and one whose rewards
@@ -81,7 +82,7 @@ def group_advantages(rewards, eps=1e-6):
 
 
 def batch_advantages(rewards, eps=1e-4):
-    """The same divided by the deviation of the whole batch + ε, as LRPO has it: (B, G) -> (B, G),
+    """The same divided by the deviation of the whole batch + ε, as LRPO has it: (…, G) -> (…, G),
     without gradient. It is mostly the spread between images."""
     rewards = rewards.detach()
     scale = rewards[rewards.isfinite()].std(correction=0) + eps
@@ -89,11 +90,20 @@ def batch_advantages(rewards, eps=1e-4):
 
 
 def shuffled(advantages, generators):
-    """The advantages (B, G) in random order within each group, by one generator for every group:
+    """The advantages (B, G, …) in random order within each group, by one generator for every group:
     the control that learning from rewards has to beat."""
     size = advantages.shape[1]
     orders = [torch.randperm(size, generator=g, device=g.device) for g in generators]
-    return advantages.gather(1, torch.stack(orders))
+    return torch.stack([of_group[order] for of_group, order in zip(advantages, orders)])
+
+
+def over_patches(x, patch):
+    """Means of maps over channels and patches of `patch` px a side, 0: over the whole map;
+    (…, C, H, W) -> (…, H/patch, W/patch), or (…, 1, 1)."""
+    x = x.mean(dim=-3)
+    if not patch:
+        return x.mean(dim=(-2, -1), keepdim=True)
+    return F.avg_pool2d(x.flatten(0, -3)[:, None], patch)[:, 0].unflatten(0, x.shape[:-2])
 
 
 def clipped_surrogate(ratio, advantages, clip=0.2):

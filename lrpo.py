@@ -26,7 +26,7 @@ from config import DEMO_MODEL, Samples, Training, parse_over, refuse_idle
 from config import Config as IrpoConfig
 from data import Crops
 from model import load_restorer
-from runs import AboveZero, AbsolutePath, NotNegative, Positive
+from runs import AboveZero, AbsolutePath, Count, NotNegative, Positive
 
 # --------------------------------------------------------------------------------------- the policy
 
@@ -82,19 +82,22 @@ class Pixels:
         """The density's means, for all rollouts: (B, 1, 3, H/b, W/b)."""
         return F.avg_pool2d(self.output(restorer, path), path.block)[:, None]
 
-    def log_prob(self, restorer, path):
-        """log π(a | x) of the one step, the mean over the entries of an action: (B, G, 1)."""
-        return log_normal(path.actions, self.means(restorer, path), path.sigma)
+    def log_prob(self, restorer, path, patch=0):
+        """log π(a | x) of the one step, the mean over the entries of an action, those of a patch of
+        so many px or all: (B, G, 1, h, w)."""
+        patch = patch // path.block
+        return log_normal(path.actions, self.means(restorer, path), path.sigma, patch)
 
     def kl(self, restorer, reference, path):
-        """KL(π ‖ π_ref), the mean over entries, exact: (B, 1, 1)."""
+        """KL(π ‖ π_ref), the mean over entries, exact: (B, 1, 1, 1, 1)."""
         with torch.no_grad():
             start = F.avg_pool2d(reference(path.degraded), path.block)[:, None]
-        off = (self.means(restorer, path) - start).square().mean(dim=(2, 3, 4))
-        return off[..., None] / (2 * path.sigma**2)
+        off = grpo.over_patches((self.means(restorer, path) - start).square(), patch=0)
+        return off[:, :, None] / (2 * path.sigma**2)
 
     def log_likelihood(self, restorer, path, gt):
-        """ℓ, the mean log-density of the truth (B, 3, H, W) as an action: (B, 1, 1)."""
+        """ℓ, the mean log-density of the truth (B, 3, H, W) as an action:
+        (B, 1, 1, 1, 1)."""
         truth = F.avg_pool2d(gt, path.block)[:, None]
         return log_normal(truth, self.means(restorer, path), path.sigma)
 
@@ -108,9 +111,9 @@ def enlarged(blocks, size):
     return blocks.repeat_interleave(size, dim=-2).repeat_interleave(size, dim=-1)
 
 
-def log_normal(x, mean, sigma):
-    """log N(x; mean, σ²) of (B, G, 3, h, w), the mean over entries: (B, G, 1)."""
-    off = (x - mean).square().mean(dim=(2, 3, 4))[..., None]
+def log_normal(x, mean, sigma, patch=0):
+    """log N(x; mean, σ²) of (B, G, 3, H, W), the mean over entries: (B, G, 1, h, w)."""
+    off = grpo.over_patches((x - mean).square(), patch)[:, :, None]
     return -off / (2 * sigma**2) - math.log(sigma) - 0.5 * math.log(2 * math.pi)
 
 
@@ -137,21 +140,24 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             restorer, batch.degraded, settings.group_size, generators, turn=state.step
         )
         scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks, judge)
-        advantages = study.advantages(scores, settings, generators)[..., None]  # (B, G, 1)
+        metrics = study.describe(scores, terms, judge)
+        scores = scores[:, :, None, None]  # (B, G, h, w): one advantage an image, or one a patch
+        if patch := settings.advantage_patch:
+            scores = reward.in_patches(terms, restored, batch.gt, batch.tasks, patch)
+        advantages = study.advantages(scores, settings, generators)[:, :, None]
 
-        # Noise-level advantage assignment, one for every step of a path: (B, G, S)
+        # Noise-level advantage assignment, one for every step of a path: (B, G, S, h, w)
         if settings.noise_levels:
             advantages = (advantages * policy.noise_level(path)).clamp(-5, 5)
         output = policy.output(restorer, path)
         weight_rl, weight_sup = study.image_weights(output, batch.gt, settings)
-        advantages = weight_rl[:, None, None] * advantages
-        metrics = study.describe(scores, terms, judge)
+        advantages = weight_rl[:, None, None, None, None] * advantages
         metrics |= {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
         metrics |= {"psnr_det": study.batch_psnr(output, batch.gt)}
 
-        old = policy.log_prob(restorer, path).detach()  # log π_old
+        old = policy.log_prob(restorer, path, patch).detach()  # log π_old
         for left in reversed(range(settings.inner_epochs)):
-            ratio = (policy.log_prob(restorer, path) - old).exp()  # (B, G, S)
+            ratio = (policy.log_prob(restorer, path, patch) - old).exp()  # (B, G, S, h, w)
             surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
             likelihood = policy.log_likelihood(restorer, path, batch.gt)  # ℓ
             off = policy.output(restorer, path) - batch.gt
@@ -211,6 +217,9 @@ class Policy:
     """advantages × σ / mean σ, clamped to ±5: LRPO's noise-level advantage assignment"""
     advantage_scale: Literal["group", "batch"] = "group"
     """what advantages are divided by: the deviation of a group, or of the whole batch, LRPO's"""
+    advantage_patch: Count = 0
+    """px a side of patches that have an advantage each, by the terms that are local; a multiple of
+    every --block, divides --crop. 0: one advantage an image, the papers'"""
     advantage_eps: AboveZero = 1e-12
     """ε under the root of a group's deviation"""
     clip: NotNegative = 1e-4
@@ -268,6 +277,10 @@ def check(config):
     for block in policy.block:
         if config.samples.crop % block:
             raise runs.RunError(f"--block {block} does not divide --crop {config.samples.crop}")
+        if policy.advantage_patch % block:
+            raise runs.RunError(f"--advantage-patch is no multiple of --block {block}")
+    if policy.advantage_patch and config.samples.crop % policy.advantage_patch:
+        raise runs.RunError("--advantage-patch does not divide --crop")
     if policy.advantage_scale == "batch":
         refuse_idle(policy, usual, ["advantage_eps"], "--advantage-scale batch")
     if config.objective == "lrpo":

@@ -22,6 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import grpo
+
 EPS = 1e-6
 
 
@@ -34,15 +36,23 @@ class RewardError(ValueError):
 
 def r_psnr(y, gt, lo=10.0, hi=50.0):
     """clip((PSNR − lo)/(hi − lo)), thresholds in dB."""
+    return share_of_psnr((y - gt).square().mean(dim=(1, 2, 3)), lo, hi)
+
+
+def share_of_psnr(mse, lo=10.0, hi=50.0):
     # 100 dB at most: at equality the logarithm has no gradient
-    mse = (y - gt).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    psnr = -10 * mse.log10()
+    psnr = -10 * mse.clamp(min=1e-10).log10()
     return ((psnr - lo) / (hi - lo)).clamp(0, 1)
 
 
-def ssim(y, gt, sigma=1.5, radius=5):
-    """SSIM of Wang et al. (2004): Gaussian windows of 2·radius + 1 px wholly inside the image, mean
-    over RGB; (B,)."""
+def ssim(y, gt):
+    """SSIM of Wang et al. (2004), the mean over windows and RGB; (B,)."""
+    return ssim_map(y, gt).mean(dim=(1, 2, 3))
+
+
+def ssim_map(y, gt, sigma=1.5, radius=5):
+    """SSIM of every Gaussian window of 2·radius + 1 px that is wholly inside the image:
+    (B, 3, H − 2 radius, W − 2 radius)."""
     width = 2 * radius + 1
     if min(y.shape[-2:]) < width:
         raise ValueError(f"SSIM needs images of {width} px or more, not {tuple(y.shape[-2:])}")
@@ -63,7 +73,7 @@ def ssim(y, gt, sigma=1.5, radius=5):
     c1, c2 = 0.01**2, 0.03**2
     structure = (2 * (yg - m_y * m_gt) + c2) / (yy - m_y**2 + gg - m_gt**2 + c2)
     luminance = (2 * m_y * m_gt + c1) / (m_y**2 + m_gt**2 + c1)
-    return (luminance * structure).mean(dim=(1, 2, 3))
+    return luminance * structure
 
 
 def r_ssim(y, gt):
@@ -325,6 +335,16 @@ class Scene:
         pairs = zip(self.y.split(4), self.gt.split(4))
         return torch.cat([r_ssim(y, gt) for y, gt in pairs])
 
+    def psnr_in(self, patch):
+        mse = grpo.over_patches((self.y - self.gt).square(), patch)
+        return share_of_psnr(mse)
+
+    def ssim_in(self, patch):
+        inner = ssim_map(self.y, self.gt)
+        border = (self.y.shape[-1] - inner.shape[-1]) // 2
+        whole = F.pad(inner, (border,) * 4, mode="replicate")
+        return grpo.over_patches(whole, patch).clamp(0, 1)
+
     def task(self):
         groups = zip(self.y.split(self.group), self.gt.split(self.group), self.tasks)
         return torch.cat([r_task(y, gt, task) for y, gt, task in groups])
@@ -339,6 +359,7 @@ class Term(NamedTuple):
     nets: tuple = ()  # of NETS, that it needs
     side: int = 1  # px a side below which it cannot be computed
     plug: str = ""  # FILE:NAME of a function of the user's
+    local: Callable | None = None  # (Scene, patch) -> (B·G, h, w), the term in every patch
 
 
 # The published weights: those of the three parts (Eq. 22), and of the terms inside them (B.1).
@@ -347,8 +368,8 @@ TERMS = {
     "clip": Term(Scene.clip, "gen", 0.25, ("clip",)),
     "lpips": Term(Scene.lpips, "gen", 0.25, ("lpips",), side=32),
     "aes": Term(lambda s: r_aes(s.nets["aes"], s.embedding), "gen", 0.15, ("clip", "aes")),
-    "psnr": Term(lambda s: r_psnr(s.y, s.gt), "gen", 0.20),
-    "ssim": Term(Scene.ssim, "gen", 0.15, side=11),
+    "psnr": Term(lambda s: r_psnr(s.y, s.gt), "gen", 0.20, local=Scene.psnr_in),
+    "ssim": Term(Scene.ssim, "gen", 0.15, side=11, local=Scene.ssim_in),
     "task": Term(Scene.task, "task", 1.0),
     "qwen": Term(None, "qwen", 1.0),  # the judge is asked by `Reward`
 }
@@ -522,6 +543,19 @@ class Reward:
         """{term: (B·G,)} of a Scene, of the terms with a weight but R_qwen."""
         on = [name for name, weight in weights.items() if weight and name != "qwen"]
         return {name: TERMS[name].value(scene) for name in on}
+
+    @torch.no_grad()
+    def in_patches(self, terms, restored, gt, tasks, patch):
+        """R of every patch of `patch` px a side, (B, G, H/patch, W/patch): PSNR and SSIM of the
+        patch, the other terms, {term: (B, G)} as called for whole images, the same in all."""
+        weights, scene = effective_weights(self.weights), Scene(restored, gt, tasks, self.nets)
+        total = 0.0
+        for name, value in terms.items():
+            local, value = TERMS[name].local, value[:, :, None, None]
+            if local:
+                value = local(scene, patch).unflatten(0, restored.shape[:2])
+            total = total + weights[name] * value
+        return total
 
     def differentiable(self, restored, gt, tasks):
         """R of images (B, 3, H, W), (B,), with graph. Without R_qwen, which has no gradient: its

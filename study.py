@@ -273,13 +273,14 @@ def generators_of(config, numbers):
 
 
 def advantages(scores, policy, generators):
-    """Eq. 8 of scores (B, G), 0 in a group that the judge alone had to score and could not;
-    --shuffle-advantages: in random order within each group."""
+    """Eq. 8 of scores (B, G, …), along G, 0 in a group that the judge alone had to score and could
+    not; --shuffle-advantages: in random order within each group."""
+    scores = scores.movedim(1, -1)  # (B, …, G)
     if policy.advantage_scale == "batch":
         found = grpo.batch_advantages(scores)
     else:
         found = grpo.group_advantages(scores, policy.advantage_eps)
-    found = found.nan_to_num(nan=0.0)
+    found = found.nan_to_num(nan=0.0).movedim(-1, 1)
     return grpo.shuffled(found, generators) if policy.shuffle_advantages else found
 
 

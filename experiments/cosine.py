@@ -70,7 +70,7 @@ def rl_gradient(net, policy, reward, batch, group_size, generators, turn):
     restored, path = policy.rollout(net, batch.degraded, group_size, generators, turn)
     scores, _ = reward(restored, batch.degraded, batch.gt, batch.tasks)
     advantages = grpo.group_advantages(scores, 1e-12)
-    return gradient((advantages[..., None] * policy.log_prob(net, path)).mean(), net)
+    return gradient((advantages * policy.log_prob(net, path)[:, :, 0, 0, 0]).mean(), net)
 
 
 def cosine(a, b):

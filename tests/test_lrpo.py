@@ -9,6 +9,7 @@ from conftest import fails, logged, save_adair, small_adair, without_times, writ
 from torch.distributions import Normal, kl_divergence
 
 import eval as evaluation
+import grpo
 import lrpo
 from config import parse_over
 from model import CheckpointError, load_restorer, read_checkpoint, restore
@@ -46,12 +47,12 @@ def test_log_prob_kl_and_likelihood_against_torch_distributions(block):
     density, reference = Normal(pool(net(x)), 0.05), Normal(pool(start(x)), 0.05)
     for g in range(6):
         by_hand = density.log_prob(path.actions[:, g]).mean(dim=(1, 2, 3))
-        assert torch.allclose(policy.log_prob(net, path)[:, g, 0], by_hand)
+        assert torch.allclose(policy.log_prob(net, path)[:, g].flatten(), by_hand)
         assert torch.allclose(pool(restored[:, g]), path.actions[:, g])  # blocks have these means
     kl = kl_divergence(density, reference).mean(dim=(1, 2, 3))
-    assert torch.allclose(policy.kl(net, start, path)[:, 0, 0], kl)
+    assert torch.allclose(policy.kl(net, start, path).flatten(), kl)
     likelihood = density.log_prob(pool(gt)).mean(dim=(1, 2, 3))
-    assert torch.allclose(policy.log_likelihood(net, path, gt)[:, 0, 0], likelihood)
+    assert torch.allclose(policy.log_likelihood(net, path, gt).flatten(), likelihood)
 
 
 def test_noise_comes_in_pairs_and_follows_the_density():
@@ -72,18 +73,21 @@ def test_block_sizes_take_turns_and_set_the_noise_level():
         assert policy.noise_level(path) == pytest.approx(sigma / 0.02)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_the_estimate_of_the_gradient_is_unbiased(block):
+@pytest.mark.parametrize("block, patch", [(1, 0), (2, 0), (1, 2), (2, 2)])
+def test_the_estimate_of_the_gradient_is_unbiased(block, patch):
     """A linear restorer, the reward −|y − t|², advantages r − r̄ alone. The mean over many groups of
     Σ A ∇ log π is the reward's gradient in what blocks can express: in pixels, P ∇R for the
-    projection P on blocks; −2 (y − t) has the same P-part as its block means spread out."""
+    projection P on blocks; −2 (y − t) has the same P-part as its block means spread out. The same
+    where every patch of 2 px has its own advantage, for what it adds to the reward."""
     net, x, t, sigma = Linear(), images(), images(), 0.05
-    policy, found, entries = lrpo.Pixels([block], [sigma]), 0, 3 * (4 // block) ** 2
+    policy, found, entries = lrpo.Pixels([block], [sigma]), 0, 3 * ((patch or 4) // block) ** 2
     for k in range(300):
         restored, path = policy.rollout(net, x, 64, seeded(seed=100 + k), turn=0)
-        rewards = -(restored - t[:, None]).square().sum(dim=(2, 3, 4))
-        advantages = rewards - rewards.mean(dim=1, keepdim=True)
-        estimate = (advantages * policy.log_prob(net, path)[..., 0]).mean() * entries
+        pixels = 3 * (patch or 4) ** 2
+        rewards = -pixels * grpo.over_patches((restored - t[:, None]).square(), patch)
+        advantages = (rewards - rewards.mean(dim=1, keepdim=True))[:, :, None]
+        logp = policy.log_prob(net, path, patch) * entries  # of the patch as a whole
+        estimate = (advantages * logp).sum(dim=(2, 3, 4)).mean()
         found = found + torch.autograd.grad(estimate, net.weight)[0] / 300
     y = net(x)
     gradient = -2 * (y - t).detach()  # of R in the pixels

@@ -531,3 +531,31 @@ def test_the_reward_has_a_gradient(pair):
     with torch.no_grad():
         differences = (value(1e-3) - value(-1e-3)) / 2e-3
     assert torch.allclose(slope.float(), differences, rtol=0.02)
+
+
+def test_rewards_in_patches_are_those_of_the_patches():
+    """PSNR of a patch is that of its crop; the task's term is the same everywhere."""
+    reward, torch_rng = rewards.Reward(rewards.parse_terms("psnr,task")), torch.manual_seed(0)
+    y, gt = torch.rand(1, 2, 3, 32, 32, generator=torch_rng), torch.rand(1, 3, 32, 32)
+    whole, terms = reward(y, gt, gt, ["dehaze"])
+    found = reward.in_patches(terms, y, gt, ["dehaze"], 16)
+    assert found.shape == (1, 2, 2, 2)
+    corner = rewards.r_psnr(y[0, :, :, 16:, :16], gt[:, :, 16:, :16])
+    by_hand = (0.6 * corner + 0.3 * terms["task"][0]) / 0.9
+    assert torch.allclose(found[0, :, 1, 0], by_hand)
+    assert torch.allclose(reward.in_patches(terms, y, gt, ["dehaze"], 32)[..., 0, 0], whole)
+
+
+def test_ssim_in_patches_against_its_map():
+    reward = rewards.Reward(rewards.parse_terms("ssim"))
+    y, gt = torch.rand(1, 2, 3, 48, 48), torch.rand(1, 3, 48, 48)
+    _, terms = reward(y, gt, gt, ["derain"])
+    found = reward.in_patches(terms, y, gt, ["derain"], 16)
+    inner = skimage_ssim_map(y[0, 1], gt[0])[:, 16:32, 16:32].mean()
+    assert found[0, 1, 1, 1].item() == pytest.approx(max(inner, 0), abs=1e-4)
+
+
+def skimage_ssim_map(y, gt):
+    how = dict(channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    _, full = structural_similarity(gt.numpy(), y.numpy(), data_range=1.0, full=True, **how)
+    return full
