@@ -137,6 +137,24 @@ class Chain(nn.Module):
         return (x + 1) / 2
 
 
+class Sampled(nn.Module):
+    """A chain as a restorer that draws: with noise of this temperature (1: what it was trained
+    with, 0: none), from a seed, the same for every call."""
+
+    def __init__(self, chain, temperature=1.0, seed=0):
+        super().__init__()
+        self.chain, self.temperature, self.seed = chain, temperature, seed
+
+    def forward(self, degraded):
+        generator = torch.Generator(degraded.device).manual_seed(self.seed)
+
+        def noise():
+            draw = torch.randn(degraded.shape, generator=generator, device=degraded.device)
+            return self.temperature * draw
+
+        return self.chain(degraded, noise)
+
+
 # -------------------------------------------------------------------------------------- the policy
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import report
 import runs
 from data import TASKS, DataError, images_in, list_adair_test, read_image, split_usable
+from diffusion import Chain, Sampled
 from metrics import evaluate_image, evaluation_pair, psnr
 from model import CheckpointError, load_adair, load_restorer, read_checkpoint, restore
 from policy import PolicyError, load_policy
@@ -75,6 +76,10 @@ class Restore:
     """run folder, or a checkpoint file: official AdaIR or ours"""
     out: str = "restored"
     """folder for the results, written as PNG"""
+    temperature: runs.NotNegative = 0.0
+    """of a diffusion chain: deviation of its noise, 1: as it was trained; 0: none"""
+    seed: runs.Count = 0
+    """of that noise"""
     tile: runs.Count | None = None
     """px; 0: whole image (default: 512 above 1 MP, else whole)"""
     overwrite: bool = False
@@ -83,15 +88,20 @@ class Restore:
     """cpu, cuda, cuda:1, …"""
 
 
-def load(path, device):
+def load(path, device, temperature=0.0, seed=0):
     """(restore, init): the deterministic restorer of a run folder or a checkpoint file, ours or any
     that `model.load_restorer` reads, and the path of the model a run started from, None if that is
-    unknown."""
+    unknown. temperature, seed: of a diffusion chain's noise. Raises RunError for a temperature of
+    another."""
     path = Path(path)
     file = path / "last.pt" if path.is_dir() else path
     config, checkpoint = file.parent / "config.json", read_checkpoint(file)
     policy = load_policy(checkpoint)
     net = load_adair(file, checkpoint=checkpoint) if policy else load_restorer(file)
+    if temperature:
+        if not isinstance(net, Chain):
+            raise runs.RunError(f"--temperature is of diffusion chains; {file} holds none")
+        net = Sampled(net, temperature, seed)
     net = net.to(device, memory_format=torch.channels_last)
     controller = policy.to(device).mean() if policy else None
     is_run = isinstance(checkpoint, dict) and "step" in checkpoint and config.exists()
@@ -257,7 +267,7 @@ def restore_photos(config):
     """Restores photos. Raises DataError if some could not be read, after the others."""
     runs.check_tile(config.tile)
     runs.check_device(config.device)
-    restorer, _ = load(config.ckpt, config.device)
+    restorer, _ = load(config.ckpt, config.device, config.temperature, config.seed)
     source, targets, broken = Path(config.photo), {}, 0
     photos = images_in(source) if source.is_dir() else [source]
     if not photos:

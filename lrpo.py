@@ -25,6 +25,7 @@ import study
 from config import DEMO_MODEL, Samples, Training, parse_over, refuse_idle
 from config import Config as IrpoConfig
 from data import Crops
+from diffusion import Chain, Steps
 from model import load_restorer
 from runs import AboveZero, AbsolutePath, Count, NotNegative, Positive
 
@@ -197,6 +198,8 @@ def attach(config, pretrained, crops, checkpoint):
     state = study.begin(config, live, dict(model=config.training.lr), crops)
     if checkpoint:
         state.load(checkpoint)
+    if isinstance(pretrained, Chain):
+        return state, Steps(pretrained)
     return state, Pixels(config.policy.block, config.policy.sigma)
 
 

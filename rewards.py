@@ -133,6 +133,29 @@ def r_aes(head, embedding_y):
     return (head(embedding_y) / 10).clamp(0, 1)
 
 
+def r_lowpass(y, gt, block=8):
+    """exp(−15 ℓ1) of both images' means over blocks of `block` px: LRPO's low-pass fidelity
+    (arXiv 2509.23339), whose low-pass is a wavelet's."""
+    return (-15 * lowpass_distance(y, gt, block).mean(dim=(1, 2, 3))).exp()
+
+
+def lowpass_distance(y, gt, block=8):
+    return (F.avg_pool2d(y, block) - F.avg_pool2d(gt, block)).abs()
+
+
+def r_piqe(y):
+    """1 − PIQE/100 (Venkatanath et al. 2015, by the package pypiqe): no reference, no gradient.
+    Raises RewardError if the package is absent."""
+    try:
+        from pypiqe import piqe
+    except ImportError:
+        raise RewardError(
+            "the reward piqe needs the package pypiqe: pip install pypiqe, or leave it out"
+        ) from None
+    images = (255 * y).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return 1 - torch.tensor([piqe(image)[0] for image in images], device=y.device).float() / 100
+
+
 def r_qwen(score):
     """The judge's score of 1 to 5 as (score − 1)/4, Appendix B.2."""
     return (score - 1) / 4
@@ -345,6 +368,9 @@ class Scene:
         whole = F.pad(inner, (border,) * 4, mode="replicate")
         return grpo.over_patches(whole, patch).clamp(0, 1)
 
+    def lowpass_in(self, patch):
+        return (-15 * grpo.over_patches(lowpass_distance(self.y, self.gt), patch // 8)).exp()
+
     def task(self):
         groups = zip(self.y.split(self.group), self.gt.split(self.group), self.tasks)
         return torch.cat([r_task(y, gt, task) for y, gt, task in groups])
@@ -358,7 +384,7 @@ class Term(NamedTuple):
     weight: float  # inside its part: as published, or what a new term is worth; NaN: must be given
     nets: tuple = ()  # of NETS, that it needs
     side: int = 1  # px a side below which it cannot be computed
-    plug: str = ""  # FILE:NAME of a function of the user's
+    plug: str = ""  # FILE:NAME of a function of the user's, or a package: tried before the run
     local: Callable | None = None  # (Scene, patch) -> (B·G, h, w), the term in every patch
 
 
@@ -370,6 +396,11 @@ TERMS = {
     "aes": Term(lambda s: r_aes(s.nets["aes"], s.embedding), "gen", 0.15, ("clip", "aes")),
     "psnr": Term(lambda s: r_psnr(s.y, s.gt), "gen", 0.20, local=Scene.psnr_in),
     "ssim": Term(Scene.ssim, "gen", 0.15, side=11, local=Scene.ssim_in),
+    # of LRPO: low-pass fidelity, and a measure that knows no truth
+    "lowpass": Term(
+        lambda s: r_lowpass(s.y, s.gt), "gen", math.nan, side=8, local=Scene.lowpass_in
+    ),
+    "piqe": Term(lambda s: r_piqe(s.y), "gen", math.nan, side=16, plug="pypiqe"),
     "task": Term(Scene.task, "task", 1.0),
     "qwen": Term(None, "qwen", 1.0),  # the judge is asked by `Reward`
 }
@@ -426,7 +457,7 @@ def add_plug(source):
     executed. Raises RewardError."""
     path, _, name = source.rpartition(":")
     plugs_of(source)  # that it is there
-    if name in PARTS or (name in TERMS and not TERMS[name].plug):
+    if name in PARTS or (name in TERMS and ".py:" not in TERMS[name].plug):
         raise RewardError(f"--rewards {source}: there is a term {name} already, rename yours")
     spec = importlib.util.spec_from_file_location(f"plug_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

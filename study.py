@@ -29,6 +29,7 @@ from data import (
     task_names,
     training_table,
 )
+from diffusion import Chain, Sampled
 from judge import JudgeError, make_judge
 from metrics import evaluate_image, evaluation_pair, psnr
 from model import CheckpointError, model_digest, model_state, read_checkpoint, restore
@@ -393,12 +394,20 @@ def describe(scores, terms, judge=None):
 # ------------------------------------------------------------------------------------- the report
 
 
+SAMPLED = ("psnr_sample", "reward_sample")
+
+
 def write_report(config, run, pretrained, reward, held_out):
     """The last step against the start, on images that nobody looked at before: report.md,
     report.json, curves.png, samples.png."""
     state, folder = run.state, run.folder
     before = measure(run, reward, partial(restore, pretrained), held_out, "before")
     after = measure(run, reward, state.restore, held_out, "after")
+    if isinstance(pretrained, Chain):  # what its samples are worth, beside the output without noise
+        for rows, chain in ((before, pretrained), (after, state.averaged.module["model"])):
+            sampling = partial(restore, Sampled(chain))
+            for row, drawn in zip(rows, measure(run, reward, sampling, held_out, "sampled")):
+                row |= dict(psnr_sample=drawn["psnr"], reward_sample=drawn["reward"])
     if runs.rank():
         return
     gains = [new["psnr"] - old["psnr"] for old, new in zip(before, after)]
@@ -417,6 +426,9 @@ def write_report(config, run, pretrained, reward, held_out):
     hard = mining.select(before, 0.3)
     table = report.before_after_table(before, after, hard)
     notes = []
+    if "psnr_sample" in after[0]:
+        gained = [report.mean(after, k) - report.mean(before, k) for k in SAMPLED]
+        notes.append(f"Samples: {gained[0]:+.3f} dB, reward {gained[1]:+.5f}.")
     if lost := sum(row["skipped"] for row in runs.read_metrics(folder)):
         notes.append(f"In {lost:.0f} steps loss or gradient were not finite; they were skipped.")
     if config.expert.judge != "none":

@@ -1,12 +1,18 @@
 """The chain against simulation, Bayes' rule and torch.distributions."""
 
+import json
 import math
 
 import pytest
 import torch
+from conftest import fails, write
 from torch.distributions import Normal, kl_divergence
 
+import eval as evaluation
+import lrpo
+from data import read_image
 from diffusion import Chain, Steps, schedule
+from model import load_restorer, restore
 
 
 def chain(seed=0, **config):
@@ -104,3 +110,42 @@ def test_without_noise_the_chain_is_a_restorer():
     out = net(y)
     assert out.shape == y.shape and torch.equal(out, net(y)) and out.requires_grad
     assert not torch.allclose(out, y)
+
+
+def test_eval_and_lrpo_take_a_chain(small, tmp_path, capsys):
+    """Whole photographs, seeded noise, tiles; a run of lrpo.py from a file, and what it reports."""
+    torch.manual_seed(0)
+    net = Chain(width=8)
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    torch.save({"model": net.state_dict(), "config": net.config}, tmp_path / "chain.pt")
+    flags = "--steps 2 --group-size 3 --tasks derain --advantage-patch 16 --kl-beta 0.1".split()
+    flags += ["--likelihood", "0.001", "--init", tmp_path / "chain.pt"]
+    assert lrpo.main(small("run", *flags)) is None
+    rows = json.loads((tmp_path / "run/report.json").read_text())["after"]
+    assert all(row["psnr_sample"] != row["psnr"] for row in rows)
+    last = load_restorer(tmp_path / "run/last.pt")
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), last.parameters()))
+
+    write(tmp_path / "photo.png", width=150, height=70)
+    shots = {}
+    for name, more in dict(
+        still=[],
+        one=["--temperature", "1"],
+        again=["--temperature", "1"],
+        other=["--temperature", "1", "--seed", "1"],
+        tiles=["--tile", "72"],
+    ).items():
+        flags = ["restore", str(tmp_path / "photo.png"), "--ckpt", str(tmp_path / "run"), *more]
+        assert evaluation.main([*flags, "--out", str(tmp_path / name), "--device", "cpu"]) is None
+        shots[name] = read_image(tmp_path / name / "photo.png")
+    assert torch.equal(shots["one"], shots["again"])
+    assert not torch.equal(shots["one"], shots["other"])
+    image = read_image(tmp_path / "photo.png")
+    with torch.no_grad():
+        assert torch.allclose(shots["still"], restore(last, image).clamp(0, 1), atol=3e-3)
+    assert shots["tiles"].shape == image.shape
+    words = fails(
+        capsys, evaluation.main, [*flags[:2], "--ckpt", "weights/demo.pt", "--temperature", "1"]
+    )
+    assert "--temperature is of diffusion chains" in words

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -559,3 +560,24 @@ def skimage_ssim_map(y, gt):
     how = dict(channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     _, full = structural_similarity(gt.numpy(), y.numpy(), data_range=1.0, full=True, **how)
     return full
+
+
+def test_lowpass_fidelity_is_that_of_block_means():
+    y, gt = torch.rand(2, 3, 32, 48), torch.rand(2, 3, 32, 48)
+    blocks = (as_numpy(y[1]) - as_numpy(gt[1])).reshape(4, 8, 6, 8, 3).mean(axis=(1, 3))
+    assert rewards.r_lowpass(y, gt)[1].item() == pytest.approx(np.exp(-15 * np.abs(blocks).mean()))
+    assert rewards.r_lowpass(gt, gt).tolist() == [1, 1]
+
+
+def test_piqe_is_the_packages_and_its_absence_a_sentence(monkeypatch):
+    reward = rewards.Reward(rewards.parse_terms("psnr,piqe=0.4"))
+    monkeypatch.setitem(sys.modules, "pypiqe", None)
+    with pytest.raises(rewards.RewardError, match="pip install pypiqe"):
+        reward.try_plugs(torch.rand(3, 32, 32), has_gradient=False)
+    monkeypatch.undo()
+    pypiqe = pytest.importorskip("pypiqe")
+    photo = torch.from_numpy(astronaut()[:128, :128].copy()).permute(2, 0, 1)[None] / 255
+    score = pypiqe.piqe(astronaut()[:128, :128])[0]
+    assert rewards.r_piqe(photo).item() == pytest.approx(1 - score / 100)
+    with pytest.raises(rewards.RewardError, match="has no gradient"):
+        reward.try_plugs(torch.rand(3, 32, 32), has_gradient=True)
