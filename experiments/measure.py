@@ -1,22 +1,27 @@
-"""Measures finished runs of the demo again, all by the same: the composite reward of --rewards
-default, whatever they were trained by, and the known answer of experiments.exposure_judge.
+"""Measures finished runs of the demo model again, all by the same: the composite reward of
+--rewards default, whatever they were trained by, and the known answer of
+experiments.exposure_judge.
 
     python -m experiments.measure runs/results/judged runs/results/judged-shuffled
+    python -m experiments.measure runs/results/irpo --measure-on data/test/denoise/bsd68
 
-Writes both, and the same of the validation photographs, into each report.json, which
+Writes them, and the same of the validation photographs, into each report.json, which
 experiments.tables reads; report.md stays as it is. Arms of another --rewards (general-alone,
-task-alone) need it before they are compared.
+task-alone) need it before they are compared. With --measure-on it measures other photographs
+instead, under every degradation, one draw each, on their middle 256 px.
 """
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import tyro
 from tqdm import tqdm
 
 import runs
 from config import DEMO_MODEL
-from data import list_training
+from data import DataError, find_photos, list_training
 from eval import load
 from experiments.exposure_judge import closeness, mean_luminance
 from metrics import evaluate_image
@@ -35,22 +40,52 @@ def measure(reward, samples, restoring):
     return rows
 
 
-def run_program(arms):
+@dataclass
+class Config:
+    """Measure finished runs again."""
+
+    arms: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of arms, which hold SEED/report.json"""
+    measure_on: Path | None = None
+    """folder of photographs to measure on"""
+
+
+def middle(sample, side=256):
+    """The sample of the middle `side` px of its photograph, or of all that there is."""
+    left, top, right, bottom = sample.box
+    x, y = (max(size - side, 0) // 2 for size in (right - left, bottom - top))
+    return sample._replace(box=(left + x, top + y, right - x, bottom - y))
+
+
+def parts_of(config):
+    """What to measure: {key in report.json: samples}. Raises DataError."""
+    if not config.measure_on:
+        demo = list_training(None)
+        return {"": demo.held_out, "val_": demo.val}
+    samples, problems = find_photos(config.measure_on)
+    if problems or not samples:
+        raise DataError(problems[0] if problems else f"{config.measure_on} holds no photograph")
+    return {"photographs_": [middle(s) for s in samples]}
+
+
+def run_program(argv):
     """Measures the runs of these folders of arms, as far as they have not been."""
-    paths = sorted(path for arm in arms for path in Path(arm).glob("*/report.json"))
+    config = runs.flags(Config, "experiments.measure", __doc__, argv)
+    paths = sorted(path for arm in config.arms for path in arm.glob("*/report.json"))
     if not paths:
         raise runs.RunError("name folders of arms, which hold SEED/report.json")
     runs.check_device("cpu")
-    demo, pretrained = list_training(None), load_pretrained(DEMO_MODEL, "fraction")
+    parts, pretrained = parts_of(config), load_pretrained(DEMO_MODEL, "fraction")
     reward, before = Reward(parse_terms("default")), {}
     for path in paths:
-        config = runs.load_json(path.parent / "config.json")
-        is_demo = Path(config["init"]).name == DEMO_MODEL.name
-        if not is_demo or config["samples"]["data_root"] or config["samples"]["tasks"]:
+        started = runs.load_json(path.parent / "config.json")
+        is_demo = Path(started["init"]).name == DEMO_MODEL.name
+        if not is_demo or started["samples"]["data_root"] or started["samples"]["tasks"]:
             raise runs.RunError(f"{path.parent} is no run of the demo model on all of its tasks")
         stored, (restoring, _) = runs.load_json(path), load(path.parent, "cpu")
-        for part, samples in {"": demo.held_out, "val_": demo.val}.items():
+        for part, samples in parts.items():
             if "exposure" in stored.get(f"{part}after", [{}])[0]:
+                before[part] = stored[f"{part}before"]
                 continue
             before[part] = before.get(part) or measure(
                 reward, samples, partial(restore, pretrained)
@@ -62,7 +97,7 @@ def run_program(arms):
 
 
 def main(argv=None):
-    return runs.program("experiments.measure", run_program, argv, (CheckpointError,))
+    return runs.program("experiments.measure", run_program, argv, (CheckpointError, DataError))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ GAINS = [*RUN, "task", "image", "psnr_before", "reward_before", "hard", *UNITS]
 COLUMNS = {
     "gains": GAINS,
     "measured": GAINS,
+    "photographs": GAINS,
     "validation": [*RUN, "step", "task", "psnr", "reward"],
     "training": "arm seed step reward psnr_det psnr_best loss/sup loss/cons loss/total".split(),
     "tests": [*RUN, "set", "task", "image", "psnr_before", "ssim_before", "psnr", "ssim"],
@@ -67,7 +68,8 @@ def collect(folder):
 
     gains.csv: for every held-out image the PSNR and reward before, whether it is one of the hard
     30 %, and the gains (of exposure where experiments.measure was run); measured.csv: the same of
-    the validation images, where it was run; validation.csv: the gains of every validation;
+    the validation images, where it was run; photographs.csv: of those of its --measure-on;
+    validation.csv: the gains of every validation;
     training.csv: of every step the rewards of the rollouts, the PSNR of the mean action and of the
     best rollout, L_sup, L_cons and L_total; tests.csv: for every image of every test set PSNR and
     SSIM before, and the gains, where eval.py was run. Raises RunError unless an arm's runs have the
@@ -81,6 +83,9 @@ def collect(folder):
         found = dict(
             gains=compared(stored["before"], stored["after"], stored["hard"]),
             measured=compared(stored.get("val_before", []), stored.get("val_after", [])),
+            photographs=compared(
+                stored.get("photographs_before", []), stored.get("photographs_after", [])
+            ),
             validation=validations(stored["validation"]),
             training=pd.DataFrame(runs.read_metrics(path.parent)),
             tests=evaluated(pd.read_csv(tested)) if tested.exists() else pd.DataFrame(),
@@ -315,12 +320,12 @@ def run_program(argv):
     folder = Path(argv[0] if argv else "runs/results")
     if list(folder.glob("*/*/report.json")):
         collect(folder)
-    gains, measured, validation, training, tests = (
+    gains, measured, photographs, validation, training, tests = (
         read(folder / f"{name}.csv") for name in COLUMNS
     )
     if gains.empty and validation.empty:
         raise runs.RunError(f"{folder} holds no ARM/SEED/report.json: see experiments.run")
-    for rows in (gains, tests):
+    for rows in (gains, photographs, tests):
         check_same(rows, "psnr_before", 0.01, "has another start, or other images,")
     check_same(gains, "reward_before", 1e-3, "was measured by another reward")
     if len(validation):
@@ -335,11 +340,17 @@ def run_program(argv):
         arms = gains.groupby("arm", sort=False)
         intervals = {k: {arm: interval(of, k) for arm, of in arms} for k in ("psnr", "reward")}
         figures.gains(folder / "gains.png", intervals)
+    wide = f"{photographs['photo'].nunique() if len(photographs) else 0} other photographs"
+    if len(photographs):
+        print(per_task(photographs, "psnr"), end="\n\n")
+        print(per_task(photographs, "reward"), end="\n\n")
+        print(overall(wide, photographs), end="\n\n")
     if len(tests):
         print(layout(as_methods(tests)))
         for title, rows in sets_of(tests).items():
             print(overall(title, rows), end="\n\n")
-    compared = {"held-out": gains, "validation images": measured, **sets_of(tests)}
+    compared = {"held-out": gains, wide: photographs, "validation images": measured}
+    compared |= sets_of(tests)
     for one, other in PAIRS:
         for name, rows in compared.items():
             if {one, other} <= {*rows["arm"]}:

@@ -1,6 +1,7 @@
 """The experiments' intervals on gains whose answer is known, their tables, and their flags."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,11 +11,14 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, fails
+from conftest import ROOT, fails, write
 
 import judge as judges
 import runs
+from config import DEMO_MODEL
+from data import Sample, read_image
 from experiments import exposure_judge, measure, run, tables
+from metrics import evaluation_pair, psnr
 
 
 def write_report(folder, gain, hard=(0,)):
@@ -236,6 +240,29 @@ def test_only_whole_runs_of_the_demo_are_measured_again(tmp_path, change, words,
         config = dict(init="/somewhere/weights/demo.pt", samples=samples)
         (tmp_path / "a/0/config.json").write_text(json.dumps(config))
     assert words in fails(capsys, measure.main, [tmp_path / "a"])
+
+
+def test_other_photographs_are_measured_on_their_middle(tmp_path):
+    """The demo model itself as a run: it gains nothing, and pixels outside the middle do not
+    count."""
+    folder = tmp_path / "arms/same/0"
+    write_report(folder, lambda *_: 0.0)
+    shutil.copy(DEMO_MODEL, folder / "last.pt")
+    config = dict(init=str(DEMO_MODEL), samples=dict(data_root=None, tasks=[]))
+    (folder / "config.json").write_text(json.dumps(config))
+    write(tmp_path / "photos/a.png", width=272, height=40)
+    flags = [tmp_path / "arms/same", "--measure-on", tmp_path / "photos"]
+    assert measure.main([str(flag) for flag in flags]) is None
+    stored = json.loads((folder / "report.json").read_text())
+    before, after = stored["photographs_before"], stored["photographs_after"]
+    assert len(before) == 7
+    for old, new in zip(before, after):
+        assert new["psnr"] == pytest.approx(old["psnr"], abs=1e-4)
+    image = read_image(tmp_path / "photos/a.png", (8, 0, 264, 40))
+    by_hand = Sample("dehaze", "a.png", str(tmp_path / "photos/a.png"), box=(8, 0, 264, 40))
+    assert torch.equal(evaluation_pair(by_hand)[1], image)
+    row = next(row for row in before if row["task"] == "dehaze")
+    assert row["psnr_in"] == pytest.approx(psnr(*evaluation_pair(by_hand)).item())
 
 
 def test_an_arm_begun_with_other_flags_is_not_gone_on_with(tmp_path, capsys):
