@@ -250,7 +250,7 @@ def test_other_photographs_are_measured_on_their_middle(tmp_path):
     shutil.copy(DEMO_MODEL, folder / "last.pt")
     config = dict(init=str(DEMO_MODEL), samples=dict(data_root=None, tasks=[]))
     (folder / "config.json").write_text(json.dumps(config))
-    write(tmp_path / "photos/a.png", width=272, height=40)
+    write(tmp_path / "photos/a.png", width=272, height=48)
     flags = [tmp_path / "arms/same", "--measure-on", tmp_path / "photos"]
     assert measure.main([str(flag) for flag in flags]) is None
     stored = json.loads((folder / "report.json").read_text())
@@ -258,8 +258,8 @@ def test_other_photographs_are_measured_on_their_middle(tmp_path):
     assert len(before) == 7
     for old, new in zip(before, after):
         assert new["psnr"] == pytest.approx(old["psnr"], abs=1e-4)
-    image = read_image(tmp_path / "photos/a.png", (8, 0, 264, 40))
-    by_hand = Sample("dehaze", "a.png", str(tmp_path / "photos/a.png"), box=(8, 0, 264, 40))
+    image = read_image(tmp_path / "photos/a.png", (8, 0, 264, 48))
+    by_hand = Sample("dehaze", "a.png", str(tmp_path / "photos/a.png"), box=(8, 0, 264, 48))
     assert torch.equal(evaluation_pair(by_hand)[1], image)
     row = next(row for row in before if row["task"] == "dehaze")
     assert row["psnr_in"] == pytest.approx(psnr(*evaluation_pair(by_hand)).item())
