@@ -47,6 +47,8 @@ class Config:
     """deviation of what is drawn, in [0, 1]"""
     group_size: runs.Positive = 32
     """G, rollouts per image"""
+    advantage_patch: runs.Count = 0
+    """px a side of patches that have an advantage each; a multiple of every --block, 0: none"""
     images: runs.Positive = 2
     """crops of each task"""
     crop: runs.MultipleOf8 = 128
@@ -65,12 +67,15 @@ def gradient(value, net):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-def rl_gradient(net, policy, reward, batch, group_size, generators, turn):
+def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch=0):
     """What one step of LRPO would follow on a batch of one crop, without KL and ℓ1."""
     restored, path = policy.rollout(net, batch.degraded, group_size, generators, turn)
-    scores, _ = reward(restored, batch.degraded, batch.gt, batch.tasks)
-    advantages = grpo.group_advantages(scores, 1e-12)
-    return gradient((advantages * policy.log_prob(net, path)[:, :, 0, 0, 0]).mean(), net)
+    scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks)
+    scores = scores[:, :, None, None]
+    if patch:
+        scores = reward.in_patches(terms, restored, batch.gt, batch.tasks, patch)
+    advantages = grpo.group_advantages(scores.movedim(1, -1), 1e-12).movedim(-1, 1)
+    return gradient((advantages[:, :, None] * policy.log_prob(net, path, patch)).mean(), net)
 
 
 def cosine(a, b):
@@ -86,6 +91,8 @@ def run_program(argv):
     for block in config.block:
         if config.crop % block:
             raise runs.RunError(f"--block {block} does not divide --crop {config.crop}")
+        if config.advantage_patch % block:
+            raise runs.RunError(f"--advantage-patch is no multiple of --block {block}")
     tasks = task_names(config.tasks) if config.tasks else ()
     samples = list_training(config.data_root, tasks=tasks).train
     crops, policy = (
@@ -105,7 +112,16 @@ def run_program(argv):
             for turn in range(len(config.block)):
                 generators = study.generators_of(config, batch.numbers)
                 found.append(
-                    rl_gradient(net, policy, reward, batch, config.group_size, generators, turn)
+                    rl_gradient(
+                        net,
+                        policy,
+                        reward,
+                        batch,
+                        config.group_size,
+                        generators,
+                        turn,
+                        config.advantage_patch,
+                    )
                 )
             rows[task] += torch.tensor([cosine(found[0], g) for g in found[1:]]) / len(numbers)
             total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
