@@ -140,12 +140,15 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         restored, path = policy.rollout(
             restorer, batch.degraded, settings.group_size, generators, turn=state.step
         )
-        scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks, judge)
+        if patch := settings.advantage_patch:  # credit: (B, G, h, w)
+            scores, terms, credit = reward.in_patches(
+                restored, batch.degraded, batch.gt, batch.tasks, judge, patch
+            )
+        else:
+            scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks, judge)
+            credit = scores[:, :, None, None]
+        advantages = study.advantages(credit, settings, generators)[:, :, None]
         metrics = study.describe(scores, terms, judge)
-        scores = scores[:, :, None, None]  # (B, G, h, w): one advantage an image, or one a patch
-        if patch := settings.advantage_patch:
-            scores = reward.in_patches(terms, restored, batch.gt, batch.tasks, patch)
-        advantages = study.advantages(scores, settings, generators)[:, :, None]
 
         # Noise-level advantage assignment, one for every step of a path: (B, G, S, h, w)
         if settings.noise_levels:
@@ -156,9 +159,11 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         metrics |= {"psnr_in": study.batch_psnr(batch.degraded, batch.gt)}
         metrics |= {"psnr_det": study.batch_psnr(output, batch.gt)}
 
-        old = policy.log_prob(restorer, path, patch).detach()  # log π_old
+        old = None  # log π_old
         for left in reversed(range(settings.inner_epochs)):
-            ratio = (policy.log_prob(restorer, path, patch) - old).exp()  # (B, G, S, h, w)
+            logp = policy.log_prob(restorer, path, patch)
+            old = logp.detach() if old is None else old
+            ratio = (logp - old).exp()  # (B, G, S, h, w)
             surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
             likelihood = policy.log_likelihood(restorer, path, batch.gt)  # ℓ
             off = policy.output(restorer, path) - batch.gt
@@ -210,19 +215,20 @@ def attach(config, pretrained, crops, checkpoint):
 class Policy:
     """the policy and its loss"""
 
-    group_size: Annotated[int, Field(ge=2)] = 64
+    group_size: Annotated[int, Field(ge=2)] = 32
     """G, rollouts per image; a rollout costs an addition and a reward. LRPO: 9"""
-    block: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2, 8)
+    block: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
     """px a side of the blocks whose means are drawn, one size a step in turn; they divide --crop"""
-    sigma: tuple[AboveZero, ...] = (0.02, 0.02)
+    sigma: tuple[AboveZero, ...] = (0.01, 0.01)
     """deviation of what is drawn, of each block size, in [0, 1]"""
     noise_levels: bool = True
     """advantages × σ / mean σ, clamped to ±5: LRPO's noise-level advantage assignment"""
-    advantage_scale: Literal["group", "batch"] = "group"
-    """what advantages are divided by: the deviation of a group, or of the whole batch, LRPO's"""
-    advantage_patch: Count = 0
-    """px a side of patches that have an advantage each, by the terms that are local; a multiple of
-    every --block, divides --crop. 0: one advantage an image, the papers'"""
+    advantage_scale: Literal["group", "batch"] = "batch"
+    """what advantages are divided by: the deviation of the whole batch, LRPO's, which keeps how
+    much more one image or patch has to gain than another, or of a group"""
+    advantage_patch: Count = 8
+    """px a side of patches that have an advantage each, by what they contribute to the reward; a
+    multiple of every --block, divides --crop. 0: one advantage an image, the papers'"""
     advantage_eps: AboveZero = 1e-12
     """ε under the root of a group's deviation"""
     clip: NotNegative = 1e-4
@@ -251,7 +257,10 @@ class Config(IrpoConfig):
     """restorer to start from: AdaIR, official or ours, or any file that spandrel loads"""
     objective: Literal["lrpo", "sft", "reward"] = "lrpo"
     """lrpo: RL; its controls: sft: ℓ1; reward: gradient ascent of the reward"""
-    training: Training = field(default_factory=lambda: Training(batch_size=4, lr=1.5e-5))
+    samples: Samples = field(default_factory=lambda: Samples(select="all"))
+    training: Training = field(
+        default_factory=lambda: Training(steps=80, batch_size=4, lr=1e-4, eval_every=40)
+    )
     policy: Policy = field(default_factory=Policy)
 
 
@@ -268,8 +277,10 @@ def paper():
         eval_every=1000,
         save_every=500,
     )
-    policy = Policy(group_size=9, advantage_scale="batch", likelihood=0.001)
-    return Config(preset="paper", samples=Samples(draws=1), training=length, policy=policy)
+    policy = Policy(group_size=9, advantage_patch=0, likelihood=0.001)
+    return Config(
+        preset="paper", samples=Samples(draws=1, select="all"), training=length, policy=policy
+    )
 
 
 def check(config):

@@ -562,9 +562,13 @@ class Reward:
         could not score is rewarded without R_qwen, and is NaN where there is no other term.
         """
         pending = judge.ask(degraded, restored, gt) if judge else None
-        effective = effective_weights(self.weights)
-        terms = self.terms(Scene(restored, gt, tasks, self.nets), effective)
+        terms = self.terms(Scene(restored, gt, tasks, self.nets), effective_weights(self.weights))
         terms = {name: value.view(restored.shape[:2]) for name, value in terms.items()}
+        return self.judged(terms, judge, pending)
+
+    def judged(self, terms, judge, pending):
+        """(R, terms) of the terms {name: (B, G)}, R_qwen among them where there is a judge."""
+        effective = effective_weights(self.weights)
         if not judge:
             return weighted_sum(terms, effective), terms
         terms["qwen"] = r_qwen(judge.result(pending))  # it worked while the others were computed
@@ -580,34 +584,41 @@ class Reward:
         on = [name for name, weight in weights.items() if weight and name != "qwen"]
         return {name: TERMS[name].value(scene) for name in on}
 
-    def in_patches(self, terms, restored, gt, tasks, patch):
-        """What every patch of `patch` px a side contributes to R, (B, G, H/patch, W/patch).
+    def in_patches(self, restored, degraded, gt, tasks, judge, patch):
+        """The same, and what every patch of `patch` px a side contributes to R:
+        (R (B, G), {term: (B, G)}, credit (B, G, H/patch, W/patch)).
 
         A term that is a function of means over the image, R_k = φ(mean of z), is to first order a
         sum over patches: φ′ · (mean of z in the patch) / patches, φ′ the mean over the group. Of
-        the other terms, {term: (B, G)} as called for whole images, every patch has the whole.
+        the other terms every patch has the whole.
         """
-        images = []
+        pending = judge.ask(degraded, restored, gt) if judge else None
+        names = [n for n, w in effective_weights(self.weights).items() if w and n != "qwen"]
+        values, shares = {name: [] for name in names}, []
         for b, task in enumerate(tasks):
-            judged = "qwen" not in terms or terms["qwen"][b].isfinite().all()
-            weights = effective_weights(self.weights, without=None if judged else "qwen")
-            total = torch.zeros((), device=restored.device)
-            for name, of_term in terms.items():
-                if not weights[name]:
-                    continue
-                if name == "qwen" or TERMS[name].nets or TERMS[name].plug:
-                    total = total + weights[name] * of_term[b][:, None, None]
-                    continue
+            of_image = {}
+            for name in names:
                 means = PatchMeans(patch)
                 scene = Scene(restored[b : b + 1], gt[b : b + 1], [task], self.nets, means)
                 with torch.enable_grad():
                     value = TERMS[name].value(scene)
-                slopes = torch.autograd.grad(value.sum(), means.seen)
-                for slope, z in zip(slopes, means.seen):
-                    total = total + weights[name] * slope.mean(dim=0) * z.detach()
-            sides = [side // patch for side in restored.shape[-2:]]
-            images.append(total.expand(restored.shape[1], *sides))
-        return torch.stack(images)
+                values[name].append(value.detach())
+                if means.seen:
+                    slopes = torch.autograd.grad(value.sum(), means.seen)
+                    of_patches = zip(slopes, means.seen)
+                    of_image[name] = sum(slope.mean(dim=0) * z.detach() for slope, z in of_patches)
+            shares.append(of_image)
+        terms = {name: torch.stack(of_images) for name, of_images in values.items()}
+        scores, terms = self.judged(terms, judge, pending)
+        whole = {name: value[:, :, None, None] for name, value in terms.items()}
+        sides, credit = [side // patch for side in restored.shape[-2:]], []
+        for b, of_image in enumerate(shares):
+            failed = "qwen" in terms and not terms["qwen"][b].isfinite().all()
+            weights = effective_weights(self.weights, without="qwen" if failed else None)
+            parts = {name: of_image.get(name, value[b]) for name, value in whole.items()}
+            total = weighted_sum(parts, weights) if any(weights.values()) else whole["qwen"][b]
+            credit.append(total.expand(-1, *sides))
+        return scores, terms, torch.stack(credit)
 
     def differentiable(self, restored, gt, tasks):
         """R of images (B, 3, H, W), (B,), with graph. Without R_qwen, which has no gradient: its

@@ -70,11 +70,12 @@ def gradient(value, net):
 def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch=0):
     """What one step of LRPO would follow on a batch of one crop, without KL and ℓ1."""
     restored, path = policy.rollout(net, batch.degraded, group_size, generators, turn)
-    scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks)
-    scores = scores[:, :, None, None]
     if patch:
-        scores = reward.in_patches(terms, restored, batch.gt, batch.tasks, patch)
-    advantages = grpo.group_advantages(scores.movedim(1, -1), 1e-12).movedim(-1, 1)
+        *_, credit = reward.in_patches(restored, batch.degraded, batch.gt, batch.tasks, None, patch)
+    else:
+        scores, _ = reward(restored, batch.degraded, batch.gt, batch.tasks)
+        credit = scores[:, :, None, None]
+    advantages = grpo.group_advantages(credit.movedim(1, -1), 1e-12).movedim(-1, 1)
     return gradient((advantages[:, :, None] * policy.log_prob(net, path, patch)).mean(), net)
 
 

@@ -187,7 +187,8 @@ def test_a_resumed_run_is_the_same_to_the_bit(tiny, tmp_path):
 def test_one_step_is_what_the_equations_say(tiny, tmp_path):
     """Loss of a first step on one crop: A log π at ratio 1 is −mean A = 0, so what is left is the
     KL (0 at the start), the likelihood and ℓ1."""
-    flags = "--kl-beta", 1, "--likelihood", 0.5, "--lambda-sup", 2, "--steps", 1, "--lr", 0
+    flags = "--kl-beta 1 --likelihood 0.5 --lambda-sup 2 --steps 1 --lr 0".split()
+    flags += ["--advantage-scale", "group"]
     lrpo.main(tiny("run", *flags))
     row = logged(tmp_path / "run")[0]
     assert row["ratio"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
@@ -229,7 +230,7 @@ def test_the_presets_have_their_controls(preset, objective):
 
 def test_strategies_and_inner_epochs_run_together(tiny, tmp_path):
     """The batch's deviation, the likelihood, difficulty and several updates a group: ρ leaves 1."""
-    flags = "--advantage-scale batch --likelihood 0.001 --weighting difficulty --lambda-sup 0.1"
+    flags = "--advantage-patch 0 --likelihood 0.001 --weighting difficulty --lambda-sup 0.1"
     more = "--inner-epochs 2 --kl-beta 0.1 --group-size 7 --steps 3 --lr 1e-3 --clip 0.2"
     assert lrpo.main(tiny("run", *flags.split(), *more.split())) is None
     rows = logged(tmp_path / "run")

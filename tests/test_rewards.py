@@ -543,9 +543,10 @@ def test_what_patches_contribute_adds_up_to_the_reward(task):
     y = (0.8 * gt + 0.1 * torch.rand(1, 3, 64, 64, generator=rng))[:, None].repeat(1, 2, 1, 1, 1)
     change = 3e-3 * torch.randn(3, 16, 16, generator=rng) + 3e-3
     y[0, 1, :, 16:32, 32:48] += change
-    whole, terms = reward(y, gt, gt, [task])
-    shares = reward.in_patches(terms, y, gt, [task], 16)
+    whole, terms, shares = reward.in_patches(y, gt, gt, [task], None, 16)
     assert shares.shape == (1, 2, 4, 4)
+    usual, usual_terms = reward(y, gt, gt, [task])
+    assert torch.allclose(whole, usual) and terms.keys() == usual_terms.keys()
     found, wanted = (shares[0, 1] - shares[0, 0]).double(), (whole[0, 1] - whole[0, 0]).item()
     assert found.sum().item() == pytest.approx(wanted, rel=0.05)
     inner = found[1, 2].item()  # SSIM's windows and Sobel's reach into its neighbours
@@ -557,12 +558,23 @@ def test_a_reward_of_the_users_and_the_judge_are_whole_in_every_patch(tmp_path):
     text = f"{tmp_path}/mine.py:red=1,qwen"
     reward = rewards.Reward(rewards.parse_terms(text, judge=True))
     y, gt = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 3, 32, 32)
-    red, score = y[:, :, 0].mean(dim=(2, 3)), torch.rand(2, 4)
+    red, score = y[:, :, 0].mean(dim=(2, 3)), 1 + 4 * torch.rand(2, 4)
     score[1, 2] = math.nan  # the judge failed: this group is rewarded without it
-    found = reward.in_patches(dict(red=red, qwen=score), y, gt, ["derain"] * 2, 16)
+
+    class Scores:
+        """Stands for a judge whose answers are known."""
+
+        def ask(self, degraded, restored, gt):
+            return None
+
+        def result(self, pending):
+            return score
+
+    scores, _, found = reward.in_patches(y, gt, gt, ["derain"] * 2, Scores(), 16)
     assert found.shape == (2, 4, 2, 2)
-    assert torch.allclose(found[0, :, 1, 0], (0.6 * red[0] + 0.1 * score[0]) / 0.7)
+    assert torch.allclose(found[0, :, 1, 0], (0.6 * red[0] + 0.1 * (score[0] - 1) / 4) / 0.7)
     assert torch.allclose(found[1, :, 0, 1], red[1])
+    assert torch.allclose(found[:, :, 0, 0], scores)
 
 
 def test_lowpass_fidelity_is_that_of_block_means():
