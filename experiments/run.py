@@ -65,12 +65,14 @@ JUDGED = {  # by exposure_judge.py alone, which has to be running
 LRPO = {  # python lrpo.py instead of train.py
     "lrpo": "",
     "lrpo-shuffled": "--shuffle-advantages",
-    "lrpo-sft-time": "--objective sft --steps 180",  # as long as 120 steps of lrpo
-    "lrpo-reward-time": "--objective reward --steps 180",
+    "lrpo-sft-time": "--objective sft --steps 130",  # as long as 80 steps of lrpo
+    "lrpo-reward-time": "--objective reward --steps 130",
 }
+# what it is asked for is one number an image, and most of it in large blocks
+LRPO_JUDGE = f"{JUDGE_ALONE} --group-size 16 --advantage-patch 0 --block 8 32 --sigma 0.02 0.02"
 LRPO_JUDGED = {  # by exposure_judge.py, too
-    "lrpo-judged": f"{JUDGE_ALONE} --group-size 16",
-    "lrpo-judged-shuffled": f"{JUDGE_ALONE} --group-size 16 --shuffle-advantages",
+    "lrpo-judged": LRPO_JUDGE,
+    "lrpo-judged-shuffled": f"{LRPO_JUDGE} --shuffle-advantages",
 }
 GROUPS = {
     "main": MAIN,
