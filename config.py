@@ -241,6 +241,9 @@ def parse_over(program, about, presets, argv):
         name = f"{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
         config.out = config.out or f"runs/{name}"
         config.command = shlex.join(["python", program, *argv])
+    if config.samples.select == "all":
+        idle = ["hard_ratio", "hard_scope"]
+        refuse_idle(config.samples, preset.samples, idle, "--select all, unlike --select hard")
     if Path(config.expert.judge).is_dir():
         config.expert.judge = os.path.abspath(config.expert.judge)
     check_files(config)
@@ -334,10 +337,10 @@ def check(config):
         refuse_idle(policy, usual, OF_BACKBONE, "--freeze-backbone")
 
 
-def refuse_idle(policy, usual, names, where):
-    """Raises RunError for a flag of the policy that would do nothing; usual: the preset's."""
+def refuse_idle(given, usual, names, where):
+    """Raises RunError for a flag of a group that would do nothing; usual: the preset's."""
     for name in names:
-        if getattr(policy, name) != getattr(usual, name):
+        if getattr(given, name) != getattr(usual, name):
             flag = f"--{name.replace('_', '-')}"
             raise runs.RunError(f"{flag} does nothing under {where}: leave it out")
 

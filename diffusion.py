@@ -27,7 +27,8 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.step = nn.Embedding(steps + 1, out)
         self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
         nn.init.zeros_(self.step.weight)
 
     def forward(self, x, t):
@@ -50,7 +51,8 @@ class UNet(nn.Module):
         )
         self.up = nn.ModuleList([Block(2 * a, a, steps), Block(2 * b, b, steps)])
         self.last = nn.Conv2d(a, 12, 3, padding=1)
-        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, x, y, t):
         h = self.input(F.pixel_unshuffle(torch.cat((x, y), dim=1), 2))
@@ -159,7 +161,7 @@ class Sampled(nn.Module):
 
 
 @dataclass
-class Path:
+class ChainPath:
     """What rollouts went through, on their way to the last step: all that log π needs. Images are
     in [−1, 1]."""
 
@@ -182,7 +184,8 @@ class Steps:
 
     @torch.no_grad()
     def rollout(self, chain, degraded, group_size, generators, turn=0):
-        """(restored (B, G, 3, H, W), Path) of images (B, 3, H, W) in [0, 1]. turn: not needed."""
+        """(restored (B, G, 3, H, W), ChainPath) of images (B, 3, H, W) in [0, 1]. turn: as of every
+        policy; not needed."""
         y = (2 * degraded - 1).repeat_interleave(group_size, dim=0)
 
         def noise():
@@ -195,7 +198,7 @@ class Steps:
         before, after, restored = (
             x.unflatten(0, (-1, group_size)) for x in (before, after, restored)
         )
-        return restored, Path(degraded, before, after)
+        return restored, ChainPath(degraded, before, after)
 
     def predict(self, chain, path):
         """x̂_0 at all steps of all rollouts, (B, G, S, 3, H, W)."""

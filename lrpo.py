@@ -4,8 +4,8 @@ method is `post_train`, from top to bottom.
     python lrpo.py                       post-trains the demo model, nothing downloaded
     python lrpo.py --init restorer.pth   any restorer that spandrel knows, or an AdaIR
 
-After LRPO (arXiv 2509.23339). Its policy is a diffusion chain; `Pixels` is the smallest one, a
-single Gaussian step around a restorer's output.
+After LRPO (arXiv 2509.23339), whose policy is a diffusion chain: `diffusion.Steps`. `Pixels` works
+for every restorer: a single Gaussian step around its output.
 """
 
 import copy
@@ -33,7 +33,7 @@ from runs import AboveZero, AbsolutePath, Count, NotNegative, Positive
 
 
 @dataclass
-class Path:
+class PixelPath:
     """What rollouts went through: all that log π needs."""
 
     degraded: torch.Tensor  # (B, 3, H, W)
@@ -60,8 +60,8 @@ class Pixels:
         self.steps = list(zip(blocks, sigmas))
 
     def rollout(self, restorer, degraded, group_size, generators, turn):
-        """(restored (B, G, 3, H, W) without graph, Path) of images (B, 3, H, W). Noise comes in
-        pairs of opposite sign (of an odd G one has no partner): its mean in a group is zero, and
+        """(restored (B, G, 3, H, W) without graph, PixelPath) of images (B, 3, H, W). Noise comes
+        in pairs of opposite sign (of an odd G one has no partner): its mean in a group is zero, and
         what the reward has of even order cancels. turn: which block size."""
         block, sigma = self.steps[turn % len(self.steps)]
         output = restorer(degraded)
@@ -71,7 +71,7 @@ class Pixels:
         noise = sigma * torch.cat((half, -half), dim=1)[:, :group_size]  # (B, G, 3, H/b, W/b)
         restored = output.detach()[:, None] + enlarged(noise, block)
         actions = means[:, None] + noise
-        return restored, Path(degraded, block, sigma, actions, computed=dict(output=output))
+        return restored, PixelPath(degraded, block, sigma, actions, computed=dict(output=output))
 
     def output(self, restorer, path):
         """f(x) (B, 3, H, W), with graph; runs the restorer where it changed."""
@@ -166,13 +166,11 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             ratio = (logp - old).exp()  # (B, G, S, h, w)
             surrogate = grpo.clipped_surrogate(ratio, advantages, settings.clip)
             likelihood = policy.log_likelihood(restorer, path, batch.gt)  # ℓ
-            off = policy.output(restorer, path) - batch.gt
-            l1 = (off.abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
-            loss = (
-                -surrogate
-                + settings.likelihood * (1 - (likelihood / 40).exp()).mean()
-                + settings.lambda_sup * l1
-            )
+            loss = -surrogate + settings.likelihood * (1 - (likelihood / 40).exp()).mean()
+            if settings.lambda_sup:  # of a chain it takes all steps, with graph
+                off = policy.output(restorer, path) - batch.gt
+                metrics["loss/sup"] = (off.abs().mean(dim=(1, 2, 3)) * weight_sup).mean()
+                loss = loss + settings.lambda_sup * metrics["loss/sup"]
             if settings.kl_beta:  # it takes a forward of the reference
                 metrics["kl"] = policy.kl(restorer, reference, path).mean()
                 loss = loss + settings.kl_beta * metrics["kl"]
@@ -181,7 +179,7 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
             path.computed.clear()  # the weights change now
             if left:
                 run.descend([state.optimizer], loss, max_norm=1.0)
-        metrics |= {"loss/rl": -surrogate, "loss/sup": l1, "log_likelihood": likelihood.mean()}
+        metrics |= {"loss/rl": -surrogate, "log_likelihood": likelihood.mean()}
         metrics |= {"ratio": ratio.mean(), "advantage_rms": advantages.square().mean().sqrt()}
         run.update([state.optimizer], loss, metrics, max_norm=1.0)
     study.validate_when_due(config, run, reward, val)
@@ -216,7 +214,8 @@ class Policy:
     """the policy and its loss"""
 
     group_size: Annotated[int, Field(ge=2)] = 32
-    """G, rollouts per image; a rollout costs an addition and a reward. LRPO: 9"""
+    """G, rollouts per image; a rollout costs an addition and a reward, of a chain T forwards.
+    LRPO: 9"""
     block: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
     """px a side of the blocks whose means are drawn, one size a step in turn; they divide --crop"""
     sigma: tuple[AboveZero, ...] = (0.01, 0.01)
@@ -225,14 +224,17 @@ class Policy:
     """advantages × σ / mean σ, clamped to ±5: LRPO's noise-level advantage assignment"""
     advantage_scale: Literal["group", "batch"] = "batch"
     """what advantages are divided by: the deviation of the whole batch, LRPO's, which keeps how
-    much more one image or patch has to gain than another, or of a group"""
+    much more one image or patch has to gain than another (of patches mostly the spread between
+    them: advantages are then some 0.05, and what --kl-beta, --likelihood and --lambda-sup weigh
+    counts for more), or of a group"""
     advantage_patch: Count = 8
     """px a side of patches that have an advantage each, by what they contribute to the reward; a
     multiple of every --block, divides --crop. 0: one advantage an image, the papers'"""
     advantage_eps: AboveZero = 1e-12
     """ε under the root of a group's deviation"""
     clip: NotNegative = 1e-4
-    """ϵ of the clipped ratio; log π is a mean over pixels, so ratios stay near 1. LRPO: 1e-4"""
+    """ϵ of the clipped ratio; log π is a mean over pixels, so ratios stay near 1; with one update a
+    group they are 1. LRPO: 1e-4"""
     inner_epochs: Positive = 1
     """updates per group; above 1 the clip can bind"""
     kl_beta: NotNegative = 0.0
@@ -254,7 +256,8 @@ class Config(IrpoConfig):
     preset: Literal["demo", "paper"] = "demo"
     """demo: minutes on two CPU cores; paper: LRPO's values, as far as this policy has them"""
     init: AbsolutePath = str(DEMO_MODEL)
-    """restorer to start from: AdaIR, official or ours, or any file that spandrel loads"""
+    """restorer to start from: AdaIR, official or ours, a chain of ours, or any file that spandrel
+    loads"""
     objective: Literal["lrpo", "sft", "reward"] = "lrpo"
     """lrpo: RL; its controls: sft: ℓ1; reward: gradient ascent of the reward"""
     samples: Samples = field(default_factory=lambda: Samples(select="all"))
@@ -283,18 +286,24 @@ def paper():
     )
 
 
+def check_blocks(blocks, patch, crop):
+    """Raises RunError unless blocks divide patches, and both divide crops."""
+    for block in blocks:
+        if crop % block:
+            raise runs.RunError(f"--block {block} does not divide --crop {crop}")
+        if patch % block:
+            said = f"--advantage-patch {patch} is no multiple of --block {block}"
+            raise runs.RunError(f"{said}: give a multiple, or 0")
+    if patch and crop % patch:
+        raise runs.RunError(f"--advantage-patch {patch} does not divide --crop {crop}")
+
+
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work together."""
     policy, usual = config.policy, (paper() if config.preset == "paper" else Config()).policy
     if len(policy.block) != len(policy.sigma):
         raise runs.RunError("--sigma takes one value for each --block")
-    for block in policy.block:
-        if config.samples.crop % block:
-            raise runs.RunError(f"--block {block} does not divide --crop {config.samples.crop}")
-        if policy.advantage_patch % block:
-            raise runs.RunError(f"--advantage-patch is no multiple of --block {block}")
-    if policy.advantage_patch and config.samples.crop % policy.advantage_patch:
-        raise runs.RunError("--advantage-patch does not divide --crop")
+    check_blocks(policy.block, policy.advantage_patch, config.samples.crop)
     if policy.advantage_scale == "batch":
         refuse_idle(policy, usual, ["advantage_eps"], "--advantage-scale batch")
     if config.objective == "lrpo":
@@ -311,8 +320,10 @@ def check(config):
 
 def load(config, reward):
     """The restorer that --init names, whatever the reward. Raises RunError for crops that it cannot
-    take."""
+    take, and for flags that do nothing for it."""
     restorer, crop = load_restorer(config.init), config.samples.crop
+    if isinstance(restorer, Chain):
+        refuse_idle(config.policy, Policy(), ["block", "sigma"], "a diffusion chain")
     if crop % restorer.multiple or crop < restorer.minimum:
         need = f"a multiple of {restorer.multiple}, {restorer.minimum} or more"
         raise runs.RunError(f"--crop is {crop}: this restorer needs {need}")

@@ -33,9 +33,9 @@ class RewardError(ValueError):
 
 
 def image_mean(z, border=0):
-    """Mean over an image of a map (B, H, W): (B,). All rewards without networks are functions of
-    such means: that is how a patch can have its share of them (`Reward.in_patches`). border: px
-    that the map lacks on every side."""
+    """Mean over an image of a map (B, H, W): (B,). PSNR, SSIM and the task rewards are functions of
+    such means: that is how a patch can have its share of them (`Reward.in_patches`), by a `mean` of
+    another kind, `PatchMeans`. border: px that the map lacks on every side."""
     return z.mean(dim=(1, 2))
 
 
@@ -48,7 +48,8 @@ class PatchMeans:
         self.patch, self.seen = patch, []
 
     def __call__(self, z, border=0):
-        whole = F.pad(z, (border,) * 4) * (1 + 2 * border / z.shape[-1]) ** 2  # of the same mean
+        whole = F.pad(z, (border,) * 4)
+        whole = whole * (whole.numel() / z.numel())  # the mean stays the same
         of_patches = F.avg_pool2d(whole[:, None], self.patch)[:, 0]
         self.seen.append(of_patches.detach().requires_grad_())
         return self.seen[-1].mean(dim=(1, 2))
@@ -228,7 +229,8 @@ def r_contrast(y, gt, mean=image_mean):
     deviations = []
     for z in (luma(y), luma(gt)):
         centred = z - z.mean(dim=(1, 2), keepdim=True)
-        deviations.append((mean(centred.square()) - mean(centred).square()).clamp(min=0).sqrt())
+        # mean(centred) is 0; a flat image has no derivative at 0
+        deviations.append(mean(centred.square()).clamp(min=1e-14).sqrt())
     return ratio_closeness(*deviations)
 
 
@@ -584,8 +586,9 @@ class Reward:
         on = [name for name, weight in weights.items() if weight and name != "qwen"]
         return {name: TERMS[name].value(scene) for name in on}
 
+    @torch.no_grad()
     def in_patches(self, restored, degraded, gt, tasks, judge, patch):
-        """The same, and what every patch of `patch` px a side contributes to R:
+        """Like calling it, and what every patch of `patch` px a side contributes to R:
         (R (B, G), {term: (B, G)}, credit (B, G, H/patch, W/patch)).
 
         A term that is a function of means over the image, R_k = φ(mean of z), is to first order a
@@ -596,15 +599,14 @@ class Reward:
         names = [n for n, w in effective_weights(self.weights).items() if w and n != "qwen"]
         values, shares = {name: [] for name in names}, []
         for b, task in enumerate(tasks):
-            of_image = {}
+            of_image, scene = {}, Scene(restored[b : b + 1], gt[b : b + 1], [task], self.nets)
             for name in names:
-                means = PatchMeans(patch)
-                scene = Scene(restored[b : b + 1], gt[b : b + 1], [task], self.nets, means)
-                with torch.enable_grad():
+                scene.mean = means = PatchMeans(patch)
+                with torch.enable_grad():  # of what follows the means over patches
                     value = TERMS[name].value(scene)
+                    slopes = means.seen and torch.autograd.grad(value.sum(), means.seen)
                 values[name].append(value.detach())
-                if means.seen:
-                    slopes = torch.autograd.grad(value.sum(), means.seen)
+                if slopes:
                     of_patches = zip(slopes, means.seen)
                     of_image[name] = sum(slope.mean(dim=0) * z.detach() for slope, z in of_patches)
             shares.append(of_image)
@@ -629,15 +631,15 @@ class Reward:
         return weighted_sum(terms, effective)
 
     def try_plugs(self, gt, has_gradient):
-        """Tries the user's functions on one crop (3, H, W). has_gradient: whether they must have
-        one. Raises RewardError for one that does not work."""
+        """Tries terms of users' files and of packages on one crop (3, H, W). has_gradient: whether
+        they must have one. Raises RewardError for one that does not work."""
         y = torch.stack([gt, gt.flip(-1)]).to(self.device)[:, None].requires_grad_(has_gradient)
         scene = Scene(y, y.detach()[:, 0].flip(0), ["", ""], self.nets)
         for name, term in TERMS.items():
             if not (term.plug and self.weights.get(name)):
                 continue
             if not term.value(scene).requires_grad and has_gradient:
-                raise RewardError(f"the reward {term.plug} has no gradient, as --objective wants")
+                raise RewardError(f"the reward {term.plug} has no gradient, which is needed here")
 
     @torch.no_grad()
     def of_image(self, restored, gt, task):

@@ -397,17 +397,22 @@ def describe(scores, terms, judge=None):
 SAMPLED = ("psnr_sample", "reward_sample")
 
 
+def add_samples(rows, run, reward, chain, held_out):
+    """Adds to the rows what a chain's samples are worth, beside its output without noise."""
+    drawn = measure(run, reward, partial(restore, Sampled(chain)), held_out, "sampled")
+    for row, of_sample in zip(rows, drawn):
+        row |= dict(psnr_sample=of_sample["psnr"], reward_sample=of_sample["reward"])
+
+
 def write_report(config, run, pretrained, reward, held_out):
     """The last step against the start, on images that nobody looked at before: report.md,
     report.json, curves.png, samples.png."""
     state, folder = run.state, run.folder
     before = measure(run, reward, partial(restore, pretrained), held_out, "before")
     after = measure(run, reward, state.restore, held_out, "after")
-    if isinstance(pretrained, Chain):  # what its samples are worth, beside the output without noise
-        for rows, chain in ((before, pretrained), (after, state.averaged.module["model"])):
-            sampling = partial(restore, Sampled(chain))
-            for row, drawn in zip(rows, measure(run, reward, sampling, held_out, "sampled")):
-                row |= dict(psnr_sample=drawn["psnr"], reward_sample=drawn["reward"])
+    if isinstance(pretrained, Chain):
+        add_samples(before, run, reward, pretrained, held_out)
+        add_samples(after, run, reward, state.averaged.module["model"], held_out)
     if runs.rank():
         return
     gains = [new["psnr"] - old["psnr"] for old, new in zip(before, after)]

@@ -16,15 +16,15 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-import grpo
 import report
 import runs
 import study
 from config import DEMO_MODEL
 from data import TASK_WORDS, Crops, list_training, task_names
-from lrpo import Pixels
+from diffusion import Chain
+from lrpo import Pixels, check_blocks
 from model import load_restorer
-from rewards import Reward, parse_terms
+from rewards import Reward, parse_terms, smallest_side
 
 
 @dataclass
@@ -41,14 +41,15 @@ class Config:
     """terms, as for lrpo.py"""
     weights_dir: str | None = None
     """where clip, lpips and aes find their weights; without it, torch's cache"""
-    block: tuple[runs.Positive, ...] = (1, 2, 8, 32)
+    block: tuple[runs.Positive, ...] = (1, 2, 8)
     """px a side of the blocks that are drawn; they divide --crop"""
-    sigma: runs.AboveZero = 0.02
+    sigma: runs.AboveZero = 0.01
     """deviation of what is drawn, in [0, 1]"""
-    group_size: runs.Positive = 32
+    group_size: Annotated[int, Field(ge=2)] = 32
     """G, rollouts per image"""
-    advantage_patch: runs.Count = 0
-    """px a side of patches that have an advantage each; a multiple of every --block, 0: none"""
+    advantage_patch: runs.Count = 8
+    """px a side of patches that have an advantage each, a multiple of every --block; 0: one
+    advantage an image"""
     images: runs.Positive = 2
     """crops of each task"""
     crop: runs.MultipleOf8 = 128
@@ -67,15 +68,19 @@ def gradient(value, net):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch=0):
-    """What one step of LRPO would follow on a batch of one crop, without KL and ℓ1."""
+def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch):
+    """What one step of LRPO follows on a batch of one crop, without KL and ℓ1. Its length is that
+    of a step but for a factor: advantages are divided by one number."""
     restored, path = policy.rollout(net, batch.degraded, group_size, generators, turn)
     if patch:
-        *_, credit = reward.in_patches(restored, batch.degraded, batch.gt, batch.tasks, None, patch)
+        _, _, credit = reward.in_patches(
+            restored, batch.degraded, batch.gt, batch.tasks, judge=None, patch=patch
+        )
     else:
         scores, _ = reward(restored, batch.degraded, batch.gt, batch.tasks)
         credit = scores[:, :, None, None]
-    advantages = grpo.group_advantages(credit.movedim(1, -1), 1e-12).movedim(-1, 1)
+    advantages = credit - credit.mean(dim=1, keepdim=True)
+    advantages = advantages / advantages.square().mean().sqrt().clamp(min=1e-12)
     return gradient((advantages[:, :, None] * policy.log_prob(net, path, patch)).mean(), net)
 
 
@@ -83,54 +88,57 @@ def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
+def load(config):
+    """(restorer, reward, crops) of the flags. Raises RunError for what cannot be looked at."""
+    check_blocks(config.block, config.advantage_patch, config.crop)
+    net = load_restorer(config.init).to(config.device)
+    if isinstance(net, Chain):
+        raise runs.RunError(f"{config.init} holds a diffusion chain: this is about single steps")
+    reward = Reward(parse_terms(config.rewards), config.device, config.weights_dir)
+    least = max(net.minimum, smallest_side(reward.weights))
+    if config.crop % net.multiple or config.crop < least:
+        need = f"a multiple of {net.multiple}, {least} or more"
+        raise runs.RunError(f"--crop is {config.crop}: this restorer and reward need {need}")
+    tasks = task_names(config.tasks) if config.tasks else ()
+    crops = Crops(list_training(config.data_root, tasks=tasks).train, config.crop, config.seed)
+    reward.try_plugs(crops[0][1], has_gradient=True)
+    return net, reward, crops
+
+
 def run_program(argv):
     """The program with these flags."""
     config = runs.flags(Config, "experiments.cosine", __doc__, argv)
     runs.check_device(config.device)
-    net = load_restorer(config.init).to(config.device)
-    reward = Reward(parse_terms(config.rewards), config.device, config.weights_dir)
-    for block in config.block:
-        if config.crop % block:
-            raise runs.RunError(f"--block {block} does not divide --crop {config.crop}")
-        if config.advantage_patch % block:
-            raise runs.RunError(f"--advantage-patch is no multiple of --block {block}")
-    tasks = task_names(config.tasks) if config.tasks else ()
-    samples = list_training(config.data_root, tasks=tasks).train
-    crops, policy = (
-        Crops(samples, config.crop, config.seed),
-        Pixels(config.block, [config.sigma] * len(config.block)),
-    )
-    rows, total = {}, torch.zeros(1 + len(config.block), 1)
+    net, reward, crops = load(config)
+    policy = Pixels(config.block, [config.sigma] * len(config.block))
+    rows, total = {}, 0
     for task, numbers in tqdm(crops.of_each_task(config.images).items(), desc="tasks"):
         rows[task] = torch.zeros(len(config.block))
         for n in numbers:
             batch = crops.collate([crops[n]])
-            batch = batch._replace(
-                degraded=batch.degraded.to(config.device), gt=batch.gt.to(config.device)
-            )
+            degraded, gt = (t.to(config.device) for t in (batch.degraded, batch.gt))
+            batch = batch._replace(degraded=degraded, gt=gt)
             value = reward.differentiable(net(batch.degraded), batch.gt, batch.tasks).mean()
             found = [gradient(value, net)]
             for turn in range(len(config.block)):
-                generators = study.generators_of(config, batch.numbers)
-                found.append(
+                found += [
                     rl_gradient(
                         net,
                         policy,
                         reward,
                         batch,
-                        config.group_size,
-                        generators,
-                        turn,
-                        config.advantage_patch,
+                        group_size=config.group_size,
+                        generators=study.generators_of(config, batch.numbers),
+                        turn=turn,
+                        patch=config.advantage_patch,
                     )
-                )
+                ]
             rows[task] += torch.tensor([cosine(found[0], g) for g in found[1:]]) / len(numbers)
             total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
     lines = [[task, *(f"{v:.2f}" for v in values)] for task, values in rows.items()]
     lines.append(["all images together", *(f"{cosine(total[0], g):.2f}" for g in total[1:])])
-    print(
-        f"cosine of RL's gradient to the reward's, G = {config.group_size}, one image at a time\n"
-    )
+    print("cosine of RL's gradient to the reward's, one image at a time; ", end="")
+    print(f"G = {config.group_size}, patches of {config.advantage_patch} px\n")
     print(report.markdown(["", *(f"b = {b}" for b in config.block)], lines))
 
 

@@ -25,7 +25,7 @@ from data import DataError, find_photos, list_training
 from eval import load
 from experiments.exposure_judge import closeness, mean_luminance
 from metrics import evaluate_image
-from model import CheckpointError, load_pretrained, restore
+from model import CheckpointError, load_pretrained, model_digest, restore
 from rewards import Reward, parse_terms
 
 
@@ -83,8 +83,13 @@ def run_program(argv):
         if not is_demo or started["samples"]["data_root"] or started["samples"]["tasks"]:
             raise runs.RunError(f"{path.parent} is no run of the demo model on all of its tasks")
         stored, (restoring, _) = runs.load_json(path), load(path.parent, "cpu")
+        mined = runs.load_json(path.with_name("hard.json"))
+        if mined["model"] != model_digest(pretrained):
+            raise runs.RunError(f"{path.parent} began from another demo model than today's")
         for part, samples in parts.items():
-            if "exposure" in stored.get(f"{part}after", [{}])[0]:
+            names = [sample.name for sample in samples]
+            rows = stored.get(f"{part}after", [{}])
+            if "exposure" in rows[0] and [row["name"] for row in rows] == names:
                 before[part] = stored[f"{part}before"]
                 continue
             before[part] = before.get(part) or measure(

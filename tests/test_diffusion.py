@@ -93,6 +93,23 @@ def test_log_prob_kl_and_likelihood_against_torch_distributions():
             assert torch.allclose(likelihood[:, g, s].flatten(), wanted.mean(dim=(1, 2, 3)))
 
 
+def test_log_prob_of_patches_averages_to_that_of_the_image():
+    net, y = chain(), images()
+    policy = Steps(net)
+    _, path = policy.rollout(net, y, 3, seeded())
+    whole, patches = policy.log_prob(net, path), policy.log_prob(net, path, patch=4)
+    assert patches.shape == (2, 3, 3, 2, 2)
+    assert torch.allclose(patches.mean(dim=(3, 4), keepdim=True), whole)
+    assert not torch.allclose(patches, whole)
+
+
+def test_blocks_do_nothing_for_a_chain(small, tmp_path, capsys):
+    net = Chain(width=8)
+    torch.save({"model": net.state_dict(), "config": net.config}, tmp_path / "chain.pt")
+    flags = small("run", "--init", tmp_path / "chain.pt", "--block", 2, 4)
+    assert "--block does nothing under a diffusion chain" in fails(capsys, lrpo.main, flags)
+
+
 def test_the_last_step_returns_the_prediction_and_noise_follows_the_generators():
     net, y = chain(), images()
     policy = Steps(net)

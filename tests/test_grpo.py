@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_adair
@@ -230,3 +231,22 @@ def test_a_random_rollout_does_not_look_at_rewards():
         found.append(grpo.random_of_group(r, generators))
     assert torch.equal(*found)
     assert found[0].bincount(minlength=4).tolist() == pytest.approx([100] * 4, abs=35)
+
+
+def test_batch_advantages_are_divided_by_one_number():
+    """LRPO's: the deviation of all rewards of the batch + 1e-4; a group that could not be scored
+    does not count."""
+    rewards = torch.tensor([[1.0, 2, 3], [10, 20, 60], [math.nan] * 3])
+    found = grpo.batch_advantages(rewards)
+    scale = np.std([1, 2, 3, 10, 20, 60]) + 1e-4
+    assert found[0].tolist() == pytest.approx([-1 / scale, 0, 1 / scale])
+    assert found[1].tolist() == pytest.approx([-20 / scale, -10 / scale, 30 / scale])
+    assert found[2].isnan().all()
+
+
+def test_patches_are_averaged_over_channels_and_pixels():
+    x = torch.rand(2, 5, 3, 8, 12)
+    found = grpo.over_patches(x, 4)
+    assert found.shape == (2, 5, 2, 3)
+    assert found[1, 2, 1, 2].item() == pytest.approx(x[1, 2, :, 4:, 8:].mean().item())
+    assert grpo.over_patches(x, 0)[1, 2].item() == pytest.approx(x[1, 2].mean().item())

@@ -2,6 +2,7 @@
 foreign restorer."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import eval as evaluation
 import grpo
 import lrpo
 from config import parse_over
+from experiments import cosine, nafnet, run
 from model import CheckpointError, load_restorer, read_checkpoint, restore
 
 
@@ -102,7 +104,7 @@ def test_the_estimate_of_the_gradient_is_unbiased(block, patch):
 
 
 @pytest.fixture
-def nafnet(tmp_path):
+def foreign(tmp_path):
     """A file of a small NAFNet with random weights, as its authors' are laid out."""
     from spandrel.architectures.NAFNet import NAFNet
 
@@ -114,8 +116,8 @@ def nafnet(tmp_path):
     return tmp_path / "nafnet.pth", net.eval()
 
 
-def test_a_foreign_restorer_gives_what_its_class_gives(nafnet):
-    path, net = nafnet
+def test_a_foreign_restorer_gives_what_its_class_gives(foreign):
+    path, net = foreign
     loaded, x = load_restorer(path), torch.rand(1, 3, 20, 28)
     with torch.no_grad():
         assert torch.equal(loaded(x), net(x))
@@ -156,8 +158,8 @@ def tiny(small):
     return flags
 
 
-def test_a_run_trains_a_foreign_restorer_and_eval_reads_it(tiny, nafnet, tmp_path):
-    path, net = nafnet
+def test_a_run_trains_a_foreign_restorer_and_eval_reads_it(tiny, foreign, tmp_path):
+    path, net = foreign
     assert lrpo.main(tiny("run", "--init", path)) is None
     stored = read_checkpoint(tmp_path / "run/last.pt")["model"]
     assert any(not torch.equal(p, stored[name]) for name, p in net.state_dict().items())
@@ -174,9 +176,9 @@ def test_a_run_trains_a_foreign_restorer_and_eval_reads_it(tiny, nafnet, tmp_pat
 
 def test_a_resumed_run_is_the_same_to_the_bit(tiny, tmp_path):
     for name in ("whole", "parts"):
-        lrpo.main(tiny(name, "--save-every", 2, "--keep-every", 2, "--kl-beta", 0.1))
-    step_2 = (tmp_path / "parts/step-000002.pt").read_bytes()
-    (tmp_path / "parts/last.pt").write_bytes(step_2)
+        lrpo.main(tiny(name, "--save-every", 3, "--keep-every", 3, "--kl-beta", 0.1))
+    step_3 = (tmp_path / "parts/step-000003.pt").read_bytes()  # after an odd one: b = 2 is next
+    (tmp_path / "parts/last.pt").write_bytes(step_3)
     lrpo.main(["--resume", str(tmp_path / "parts")])
     whole, parts = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert all(torch.equal(v, parts["live"][k]) for k, v in whole["live"].items())
@@ -209,6 +211,7 @@ def test_rl_raises_a_reward_that_has_no_gradient(tmp_path):
     base += ["--rewards", f"{tmp_path}/mine.py:bright=1", "--tasks", "derain", "--crop", 32]
     base += "--draws 1 --steps 30 --lr 1e-3 --warm-up 0 --schedule constant --ema 0".split()
     base += "--batch-size 2 --block 8 --sigma 0.1 --eval-every 30".split()
+    base += "--advantage-patch 0 --advantage-scale group".split()
     gains = {}
     for arm, more in (("rl", []), ("shuffled", ["--shuffle-advantages"])):
         assert lrpo.main([str(f) for f in [*base, "--out", tmp_path / arm, *more]]) is None
@@ -244,9 +247,46 @@ def test_strategies_and_inner_epochs_run_together(tiny, tmp_path):
         (["--block", "3", "--sigma", "0.1"], "--block 3 does not divide --crop 32"),
         (["--sigma", "0", "0.1"], "--sigma is 0.0: it should be greater than 0"),
         (["--objective", "sft", "--group-size", "4"], "does nothing under --objective sft"),
+        (["--block", "16", "--sigma", "0.1"], "--advantage-patch 8 is no multiple of --block 16"),
+        (["--advantage-patch", "20"], "--advantage-patch 20 does not divide --crop 32"),
+        (["--hard-ratio", "0.5"], "--hard-ratio does nothing under --select all"),
         (["--group-size", "1"], "--group-size is 1: it should be greater than or equal to 2"),
         (["--amp", "bf16"], "log π needs float32"),
     ],
 )
 def test_impossible_flags_are_one_sentence(small, capsys, flags, words):
     assert words in fails(capsys, lrpo.main, small("run", *flags))
+
+
+@pytest.mark.parametrize("arm", [*run.LRPO, *run.LRPO_JUDGED])
+def test_the_arms_are_commands(arm):
+    flags = ["--hard-ratio", "0.3", "--device", "cpu", *shlex.split(run.ARMS[arm])]
+    lrpo.check(parse_over("lrpo.py", "", dict(demo=lrpo.Config()), flags))
+
+
+def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp_path, capsys):
+    """Low-pass fidelity of a small AdaIR: with many rollouts and credit for patches RL's gradient
+    is the reward's."""
+    save_adair(tmp_path / "init.pt", small_adair(para1=0.1))
+    write(tmp_path / "photos/a.png", width=64, height=48)
+    for name in "bcd":
+        write(tmp_path / f"photos/{name}.png", width=64, height=48)
+    flags = ["--init", tmp_path / "init.pt", "--data-root", tmp_path / "photos", "--device", "cpu"]
+    flags += "--images 1 --crop 32 --tasks derain --block 1 --group-size 256".split()
+    flags = [str(flag) for flag in flags]
+    assert cosine.main([*flags, "--rewards", "lowpass=1"]) is None
+    row = next(line for line in capsys.readouterr().out.splitlines() if "| derain" in line)
+    assert float(row.split("|")[2]) > 0.8
+    (tmp_path / "mine.py").write_text(
+        "def bright(restored, gt):\n    return (restored > 0.5).float().mean(dim=(1, 2, 3))\n"
+    )
+    words = fails(capsys, cosine.main, [*flags, "--rewards", f"{tmp_path}/mine.py:bright=1"])
+    assert "has no gradient" in words
+
+
+def test_a_nafnet_of_ours_is_a_file_that_lrpo_takes(tmp_path):
+    for name in "abcd":
+        write(tmp_path / f"photos/{name}.png", width=80, height=72)
+    flags = ["--data-root", tmp_path / "photos", "--out", tmp_path / "naf.pth", "--device", "cpu"]
+    assert nafnet.main([str(f) for f in [*flags, "--steps", 2, "--batch-size", 1]]) is None
+    assert type(load_restorer(tmp_path / "naf.pth")).__name__ == "NAFNet"

@@ -19,6 +19,7 @@ from config import DEMO_MODEL
 from data import Sample, read_image
 from experiments import exposure_judge, measure, run, tables
 from metrics import evaluation_pair, psnr
+from model import load_pretrained, model_digest
 
 
 def write_report(folder, gain, hard=(0,)):
@@ -250,6 +251,8 @@ def test_other_photographs_are_measured_on_their_middle(tmp_path):
     shutil.copy(DEMO_MODEL, folder / "last.pt")
     config = dict(init=str(DEMO_MODEL), samples=dict(data_root=None, tasks=[]))
     (folder / "config.json").write_text(json.dumps(config))
+    digest = model_digest(load_pretrained(DEMO_MODEL, "fraction"))
+    (folder / "hard.json").write_text(json.dumps(dict(model=digest)))
     write(tmp_path / "photos/a.png", width=272, height=48)
     flags = [tmp_path / "arms/same", "--measure-on", tmp_path / "photos"]
     assert measure.main([str(flag) for flag in flags]) is None
