@@ -338,7 +338,7 @@ class Again(runs.Run):
 
 def bench_lrpo(config, group_size):
     """A step of `lrpo.post_train` on one image: a line of the table."""
-    flags = ["--hard-ratio", 1, "--batch-size", 1, "--device", config.device]
+    flags = ["--batch-size", 1, "--device", config.device]
     flags += ["--crop", config.crop, "--group-size", group_size]
     flags = parse_over("lrpo.py", "", dict(demo=lrpo.Config()), [str(flag) for flag in flags])
     reward = Reward(parse_terms("default"), config.device)
