@@ -98,15 +98,18 @@ class Chain(nn.Module):
         self.eta = schedule(steps, kappa, smallest, power)
         self.net = UNet(width, steps)
 
+    def eta_at(self, t, y):
+        """η_t for t (N,), to be multiplied with images like y: (N, 1, 1, 1)."""
+        return torch.tensor(self.eta, device=y.device, dtype=y.dtype)[t][:, None, None, None]
+
     def marginal(self, x0, y, t):
         """Mean and deviation of q(x_t | x_0, y) for t (N,): (N, 3, H, W), (N, 1, 1, 1)."""
-        eta = torch.tensor(self.eta, device=y.device, dtype=y.dtype)[t][:, None, None, None]
+        eta = self.eta_at(t, y)
         return x0 + eta * (y - x0), self.kappa * eta.sqrt()
 
     def predict(self, x, y, t):
         """x̂_0 of x_t and y (N, 3, H, W) at t (N,)."""
-        eta = torch.tensor(self.eta, device=y.device, dtype=y.dtype)[t][:, None, None, None]
-        return y + self.net(x / (3 * self.kappa * eta.sqrt() + 1), y, t)
+        return y + self.net(x / (3 * self.kappa * self.eta_at(t, y).sqrt() + 1), y, t)
 
     def weights(self, t):
         """(η_{t−1}/η_t, α_t/η_t): how much of x_t and of x̂_0 is in the mean of step t."""

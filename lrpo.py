@@ -140,13 +140,10 @@ def post_train(config, run, pretrained, reward, samples, val, judge=None, checkp
         restored, path = policy.rollout(
             restorer, batch.degraded, settings.group_size, generators, turn=state.step
         )
-        if patch := settings.advantage_patch:  # credit: (B, G, h, w)
-            scores, terms, credit = reward.in_patches(
-                restored, batch.degraded, batch.gt, batch.tasks, judge, patch
-            )
-        else:
-            scores, terms = reward(restored, batch.degraded, batch.gt, batch.tasks, judge)
-            credit = scores[:, :, None, None]
+        patch = settings.advantage_patch
+        scores, terms, credit = reward.in_patches(  # credit: (B, G, h, w)
+            restored, batch.degraded, batch.gt, batch.tasks, judge, patch
+        )
         advantages = study.advantages(credit, settings, generators)[:, :, None]
         metrics = study.describe(scores, terms, judge)
 
@@ -298,6 +295,13 @@ def check_blocks(blocks, patch, crop):
         raise runs.RunError(f"--advantage-patch {patch} does not divide --crop {crop}")
 
 
+def check_crop(restorer, crop):
+    """Raises RunError for crops that a restorer cannot take."""
+    if crop % restorer.multiple or crop < restorer.minimum:
+        need = f"a multiple of {restorer.multiple}, {restorer.minimum} or more"
+        raise runs.RunError(f"--crop is {crop}: this restorer needs {need}")
+
+
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work together."""
     policy, usual = config.policy, (paper() if config.preset == "paper" else Config()).policy
@@ -324,9 +328,7 @@ def load(config, reward):
     restorer, crop = load_restorer(config.init), config.samples.crop
     if isinstance(restorer, Chain):
         refuse_idle(config.policy, Policy(), ["block", "sigma"], "a diffusion chain")
-    if crop % restorer.multiple or crop < restorer.minimum:
-        need = f"a multiple of {restorer.multiple}, {restorer.minimum} or more"
-        raise runs.RunError(f"--crop is {crop}: this restorer needs {need}")
+    check_crop(restorer, crop)
     return restorer.to(config.device, memory_format=torch.channels_last)
 
 

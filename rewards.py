@@ -22,6 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from grpo import over_patches
+
 EPS = 1e-6
 
 
@@ -50,7 +52,7 @@ class PatchMeans:
     def __call__(self, z, border=0):
         whole = F.pad(z, (border,) * 4)
         whole = whole * (whole.numel() / z.numel())  # the mean stays the same
-        of_patches = F.avg_pool2d(whole[:, None], self.patch)[:, 0]
+        of_patches = over_patches(whole[:, None], self.patch)
         self.seen.append(of_patches.detach().requires_grad_())
         return self.seen[-1].mean(dim=(1, 2))
 
@@ -593,8 +595,11 @@ class Reward:
 
         A term that is a function of means over the image, R_k = φ(mean of z), is to first order a
         sum over patches: φ′ · (mean of z in the patch) / patches, φ′ the mean over the group. Of
-        the other terms every patch has the whole.
+        the other terms every patch has the whole. patch 0: the image is one patch, with R itself.
         """
+        if not patch:
+            scores, terms = self(restored, degraded, gt, tasks, judge)
+            return scores, terms, scores[:, :, None, None]
         pending = judge.ask(degraded, restored, gt) if judge else None
         names = [n for n, w in effective_weights(self.weights).items() if w and n != "qwen"]
         values, shares = {name: [] for name in names}, []

@@ -16,13 +16,14 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+import grpo
 import report
 import runs
 import study
 from config import DEMO_MODEL
 from data import TASK_WORDS, Crops, list_training, task_names
 from diffusion import Chain
-from lrpo import Pixels, check_blocks
+from lrpo import Pixels, check_blocks, check_crop
 from model import load_restorer
 from rewards import Reward, parse_terms, smallest_side
 
@@ -69,18 +70,12 @@ def gradient(value, net):
 
 
 def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch):
-    """What one step of LRPO follows on a batch of one crop, without KL and ℓ1. Its length is that
-    of a step but for a factor: advantages are divided by one number."""
+    """What one step of LRPO follows on a batch of one crop, without KL and ℓ1."""
     restored, path = policy.rollout(net, batch.degraded, group_size, generators, turn)
-    if patch:
-        _, _, credit = reward.in_patches(
-            restored, batch.degraded, batch.gt, batch.tasks, judge=None, patch=patch
-        )
-    else:
-        scores, _ = reward(restored, batch.degraded, batch.gt, batch.tasks)
-        credit = scores[:, :, None, None]
-    advantages = credit - credit.mean(dim=1, keepdim=True)
-    advantages = advantages / advantages.square().mean().sqrt().clamp(min=1e-12)
+    _, _, credit = reward.in_patches(
+        restored, batch.degraded, batch.gt, batch.tasks, judge=None, patch=patch
+    )
+    advantages = grpo.batch_advantages(credit.movedim(1, -1)).movedim(-1, 1)
     return gradient((advantages[:, :, None] * policy.log_prob(net, path, patch)).mean(), net)
 
 
@@ -94,11 +89,10 @@ def load(config):
     net = load_restorer(config.init).to(config.device)
     if isinstance(net, Chain):
         raise runs.RunError(f"{config.init} holds a diffusion chain: this is about single steps")
+    check_crop(net, config.crop)
     reward = Reward(parse_terms(config.rewards), config.device, config.weights_dir)
-    least = max(net.minimum, smallest_side(reward.weights))
-    if config.crop % net.multiple or config.crop < least:
-        need = f"a multiple of {net.multiple}, {least} or more"
-        raise runs.RunError(f"--crop is {config.crop}: this restorer and reward need {need}")
+    if config.crop < (side := smallest_side(reward.weights)):
+        raise runs.RunError(f"--crop is {config.crop}: these rewards need {side} or more")
     tasks = task_names(config.tasks) if config.tasks else ()
     crops = Crops(list_training(config.data_root, tasks=tasks).train, config.crop, config.seed)
     reward.try_plugs(crops[0][1], has_gradient=True)

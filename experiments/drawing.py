@@ -40,20 +40,21 @@ def one_step():
     return *(x[0] for x in found), group_advantages(scores, 1e-12)[0]
 
 
-def picture(axes, image, at, title="", below=""):
+def picture(axes, image, at, title=""):
     """An image (3, H, W) on a pair of axes in a corner of the figure: (left, bottom, width)."""
     inset = axes.inset_axes([at[0], at[1], at[2], at[2] * 3], transform=axes.transAxes)
     inset.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
-    inset.set_xticks([]), inset.set_yticks([])
+    inset.set_xticks([])
+    inset.set_yticks([])
     inset.set_title(title, fontsize=9)
-    inset.set_xlabel(below, fontsize=9)
 
 
 def draw(path):
     degraded, gt, restored, actions, scores, advantages = one_step()
     figure, axes = report.pyplot().subplots(figsize=(12, 4))
     axes.axis("off")
-    axes.set_xlim(0, 1), axes.set_ylim(0, 1)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
 
     def arrow(start, end, **more):
         axes.annotate("", end, start, arrowprops=ARROW | more)
@@ -70,7 +71,9 @@ def draw(path):
         arrow((0.225, 0.52), (0.285, middle))
         bars = axes.inset_axes([0.29, bottom + 0.02, 0.12, 0.19], transform=axes.transAxes)
         bars.bar(range(12), actions[g].numpy(), color="#4a6fa5")
-        bars.set_ylim(0, 1), bars.set_xticks([]), bars.set_yticks([])
+        bars.set_ylim(0, 1)
+        bars.set_xticks([])
+        bars.set_yticks([])
         arrow((0.415, middle), (0.455, middle))
         picture(axes, restored[g], (0.46, bottom, 0.076))
         label = f"r = {scores[g]:.4f}\nA = {advantages[g]:+.2f}"
