@@ -21,6 +21,7 @@ from data import TASK_WORDS
 from runs import AboveZero, AbsolutePath, Count, MultipleOf8, NotNegative, Positive
 
 DEMO_MODEL = Path(__file__).parent / "weights" / "demo.pt"
+DEMO_CHAIN = DEMO_MODEL.with_name("chain.pt")
 
 
 def absolute_plugs(text):
@@ -55,6 +56,9 @@ class Samples:
     """draws of every degradation per photo; AdaIR's folders stay as they are"""
     crop: MultipleOf8 = 128
     """px, a multiple of 8, Table 6"""
+    measure_crop: Annotated[int, Field(ge=32)] | None = None
+    """px a side of the middle of validation and held-out images that is measured; without it, all
+    of them"""
     workers: runs.Workers | None = None
     """processes that load images; without it, 4 beside a GPU, else none"""
 
@@ -228,8 +232,8 @@ def parse(argv):
 def parse_over(program, about, presets, argv):
     """What flags ask for: over the preset of {name: configuration}, or over the run that goes on.
     Raises RunError for flags that cannot work."""
-    named = [b for a, b in zip(argv, argv[1:]) if a == "--preset"]
-    named += [flag.removeprefix("--preset=") for flag in argv if flag.startswith("--preset=")]
+    words = [word for flag in argv for word in flag.split("=", 1)]
+    named = [b for a, b in zip(words, words[1:]) if a in ("--preset", "--policy")]
     preset = presets.get(named[-1] if named else "demo", presets["demo"])
     config = runs.flags(type(preset), program, about, argv, default=preset)
     if config.resume:

@@ -169,6 +169,17 @@ def image_size(path, box=()):
         return image.size[::-1] if is_turned else image.size
 
 
+def middle(sample, side):
+    """The sample of the middle `side` px of its image, or of all that there is. Raises DataError
+    for an image that cannot be read."""
+    box = sample.box or (0, 0, *image_size(sample.gt))
+    left, top, right, bottom = box
+    x, y = (max(size - side, 0) // 2 for size in (right - left, bottom - top))
+    return sample._replace(
+        box=(left + x, top + y, min(left + x + side, right), min(top + y + side, bottom))
+    )
+
+
 def rng_of(seed, name, epoch):
     """The generator of what is random about one image in one epoch."""
     return np.random.default_rng((seed, zlib.crc32(name.encode()), epoch))

@@ -3,6 +3,7 @@ method is `post_train`, from top to bottom.
 
     python lrpo.py                       post-trains the demo model, nothing downloaded
     python lrpo.py --init restorer.pth   any restorer that spandrel knows, or an AdaIR
+    python lrpo.py --policy chain        a diffusion restorer, whose policy is its own steps
 
 After LRPO (arXiv 2509.23339), whose policy is a diffusion chain: `diffusion.Steps`. `Pixels` works
 for every restorer: a single Gaussian step around its output.
@@ -16,13 +17,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from pydantic import Field
 
 import grpo
 import mining
 import runs
 import study
-from config import DEMO_MODEL, Samples, Training, parse_over, refuse_idle
+from config import DEMO_CHAIN, DEMO_MODEL, Samples, Scoring, Training, parse_over, refuse_idle
 from config import Config as IrpoConfig
 from data import Crops
 from diffusion import Chain, Steps
@@ -250,8 +252,11 @@ class Policy:
 class Config(IrpoConfig):
     """Post-train any restorer by RL whose actions are pixels, or by its control."""
 
-    preset: Literal["demo", "paper"] = "demo"
-    """demo: minutes on two CPU cores; paper: LRPO's values, as far as this policy has them"""
+    preset: Annotated[Literal["demo", "chain", "paper"], tyro.conf.arg(aliases=["--policy"])] = (
+        "demo"
+    )
+    """demo: minutes on two CPU cores; chain: of the demo's diffusion chain, no longer; paper:
+    LRPO's values, as far as the policy of --init has them"""
     init: AbsolutePath = str(DEMO_MODEL)
     """restorer to start from: AdaIR, official or ours, a chain of ours, or any file that spandrel
     loads"""
@@ -283,6 +288,21 @@ def paper():
     )
 
 
+def chain():
+    """Preset chain: the demo's diffusion chain, and a reward that a chain's noise can raise."""
+    return Config(
+        preset="chain",
+        init=str(DEMO_CHAIN),
+        samples=Samples(select="all", crop=64, measure_crop=192),
+        training=Training(steps=120, batch_size=4, lr=3e-5, eval_every=60),
+        policy=Policy(group_size=8, advantage_patch=16),
+        scoring=Scoring(rewards="piqe=0.4,ssim=0.3,lowpass=0.3"),
+    )
+
+
+PRESETS = dict(demo=Config(), chain=chain(), paper=paper())
+
+
 def check_blocks(blocks, patch, crop):
     """Raises RunError unless blocks divide patches, and both divide crops."""
     for block in blocks:
@@ -304,7 +324,7 @@ def check_crop(restorer, crop):
 
 def check(config):
     """Raises RunError, in one sentence, for values that cannot work together."""
-    policy, usual = config.policy, (paper() if config.preset == "paper" else Config()).policy
+    policy, usual = config.policy, PRESETS[config.preset].policy
     if len(policy.block) != len(policy.sigma):
         raise runs.RunError("--sigma takes one value for each --block")
     check_blocks(policy.block, policy.advantage_patch, config.samples.crop)
@@ -327,7 +347,8 @@ def load(config, reward):
     take, and for flags that do nothing for it."""
     restorer, crop = load_restorer(config.init), config.samples.crop
     if isinstance(restorer, Chain):
-        refuse_idle(config.policy, Policy(), ["block", "sigma"], "a diffusion chain")
+        usual = PRESETS[config.preset].policy
+        refuse_idle(config.policy, usual, ["block", "sigma"], "a diffusion chain")
     check_crop(restorer, crop)
     return restorer.to(config.device, memory_format=torch.channels_last)
 
@@ -335,7 +356,7 @@ def load(config, reward):
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
     about = "RL whose actions are pixels, for any restorer."
-    flags = parse_over("lrpo.py", about, dict(demo=Config(), paper=paper()), argv)
+    flags = parse_over("lrpo.py", about, PRESETS, argv)
     check(flags)
     study.carry_out(flags, load, post_train if flags.objective == "lrpo" else fine_tune)
 

@@ -44,7 +44,8 @@ def known_scores(paths, digest):
         stored = load_json(path)
         try:
             rows = stored["rows"] if stored["model"] == digest else []
-            known |= {(row["task"], row["name"]): row for row in rows if row["stamp"]}
+            scored = [row for row in rows if row["stamp"] and "psnr" in row]
+            known |= {(row["task"], row["name"]): row for row in scored}
         except (KeyError, TypeError):
             raise RunError(f"{path} is not the hard.json of a run") from None
         say(f"{path}: {len(rows)} scores of this model")
@@ -54,14 +55,15 @@ def known_scores(paths, digest):
 @torch.inference_mode()
 def score(restore, samples, min_side, pixels):
     """Full-image PSNR of samples: a row {task, name, stamp, psnr} for each, or {problem} for one
-    that cannot be used."""
+    that cannot be used. restore None: the same without psnr."""
     rows, of_size = [], defaultdict(list)
     for sample in samples:
         rows.append(dict(task=sample.task, name=sample.name))
         try:
             degraded, gt = load_pair(sample, min_side=min_side)
             rows[-1]["stamp"] = stamp_of(sample)
-            of_size[gt.shape].append((rows[-1], degraded, gt))
+            if restore:
+                of_size[gt.shape].append((rows[-1], degraded, gt))
         except (DataError, OSError) as error:
             rows[-1]["problem"] = str(error)
     for (_, height, width), members in of_size.items():
@@ -77,7 +79,8 @@ def score(restore, samples, min_side, pixels):
 def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
     """Full-image PSNR of every sample under the pre-trained model: (rows, problems).
 
-    restore: (B, 3, H, W) -> (B, 3, H, W). min_side: px that an image must have a side.
+    restore: (B, 3, H, W) -> (B, 3, H, W); None: looks at the files alone.
+    min_side: px that an image must have a side.
     known: {(task, name): row} of earlier minings of this model, taken over where name, size and
     time of the files agree. pixels: of one batch (a GPU); 0: image by image.
     Shared by the processes. What cannot be used is named in `problems` and left out.
@@ -100,7 +103,7 @@ def mine(restore, samples, min_side=8, known=None, pixels=0, stop=None):
         rows |= zip(part, found)
     rows = [rows[i] for i in range(len(samples))]
     problems = [row["problem"] for row in rows if "problem" in row]
-    return [row for row in rows if "psnr" in row], list(dict.fromkeys(problems))
+    return [row for row in rows if "problem" not in row], list(dict.fromkeys(problems))
 
 
 def select(rows, ratio=0.3, mode="hard", scope="task", seed=0):
@@ -169,16 +172,16 @@ def load_hard(path, digest, samples):
 
 
 def hard_samples(config, run, pretrained, samples):
-    """D_hard, which is mined unless the run folder has it already; leaves hard.json there."""
+    """D_hard, which is mined unless the run folder has it already; leaves hard.json there. Under
+    --select all nothing is scored: every image is taken that can be used."""
     digest, path = model_digest(pretrained), run.folder / "hard.json"
     if gather(path.exists())[0]:
         hard = load_hard(path, digest, samples)
     else:
         pixels = BATCH_PIXELS if on_gpu(config.device) else 0
         known = known_scores(config.samples.scores, digest)
-        rows, problems = mine(
-            partial(restore, pretrained), samples, config.samples.crop, known, pixels, run.stop
-        )
+        restoring = None if config.samples.select == "all" else partial(restore, pretrained)
+        rows, problems = mine(restoring, samples, config.samples.crop, known, pixels, run.stop)
         say_skipped(problems)
         if not rows:
             where = config.samples.data_root or "the demo's photographs"
@@ -193,6 +196,7 @@ def hard_samples(config, run, pretrained, samples):
         )
         hard = save_hard(path, digest, rows, chosen, samples)
         same_everywhere("set of hard images", names_digest(hard))
-    how = f"{config.samples.select}, ratio {config.samples.hard_ratio}"
+    how = config.samples.select
+    how += f", ratio {config.samples.hard_ratio}" if how != "all" else ""
     say(f"D_hard: {len(hard)} of {len(samples)} training images ({how})")
     return adair_repeats(hard) if config.samples.repeats == "adair" else hard

@@ -18,9 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 from grpo import over_patches
 
@@ -167,17 +169,41 @@ def r_lowpass(y, gt, block=8, mean=image_mean):
     return (-15 * mean(spread)).exp()
 
 
-def r_piqe(y):
+def r_piqe(y, mean=image_mean):
     """1 − PIQE/100 (Venkatanath et al. 2015, by the package pypiqe): no reference, no gradient.
-    Raises RewardError if the package is absent."""
+
+    PIQE is (D + 1)/(N + 1): N active blocks of 16 px, D their distortions, of a block 1 − v if an
+    edge of it is flat, plus v if it is noise, v its variance (`piqe_variance`). Raises RewardError
+    if the package is absent.
+    """
     try:
         from pypiqe import piqe
     except ImportError:
         raise RewardError(
             "the reward piqe needs the package pypiqe: pip install pypiqe, or leave it out"
         ) from None
-    images = (255 * y).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return 1 - torch.tensor([piqe(image)[0] for image in images], device=y.device).float() / 100
+    bgr = (255 * y.flip(1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    scores, *masks = zip(*(piqe(np.ascontiguousarray(image)) for image in bgr))
+    if mean is image_mean:
+        return 1 - torch.tensor(scores, device=y.device).float() / 100
+    flat, noise, active = (torch.from_numpy(np.stack(mask)).to(y) for mask in masks)
+    v = piqe_variance(y)
+    blocks = y.shape[-2] * y.shape[-1] / 256
+    distortion = blocks * mean(flat * (1 - v) + noise * v)
+    return 1 - (distortion + 1) / (blocks * mean(active) + 1)
+
+
+def piqe_variance(y):
+    """Variance of every block of 16 px, its pixels normalised by their neighbourhood as in PIQE, at
+    every pixel: (B, H, W); H and W are multiples of 16."""
+    gray = (255 * luma(y)).round()
+    gray = (255 * gray / gray.amax(dim=(1, 2), keepdim=True).clamp(min=1)).round()
+    around = F.pad(torch.stack((gray, gray**2), dim=1), (6, 6, 6, 6), mode="replicate")
+    mean, square = gaussian_blur(around, 7, 7 / 6)[..., 6:-6, 6:-6].unbind(dim=1)
+    normal = (gray - mean) / ((square - mean**2).abs().sqrt() + 1)
+    blocks = normal.unflatten(1, (-1, 16)).unflatten(3, (-1, 16))  # (B, h, 16, w, 16)
+    variance = blocks.var(dim=(2, 4))
+    return variance.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
 
 
 def r_qwen(score):
@@ -409,7 +435,7 @@ TERMS = {
     "ssim": Term(lambda s: r_ssim(s.y, s.gt, mean=s.mean), "gen", 0.15, side=11),
     # of LRPO: low-pass fidelity, and a measure that knows no truth
     "lowpass": Term(lambda s: r_lowpass(s.y, s.gt, mean=s.mean), "gen", math.nan, side=8),
-    "piqe": Term(lambda s: r_piqe(s.y), "gen", math.nan, side=16, plug="pypiqe"),
+    "piqe": Term(lambda s: r_piqe(s.y, mean=s.mean), "gen", math.nan, side=16, plug="pypiqe"),
     "task": Term(Scene.task, "task", 1.0),
     "qwen": Term(None, "qwen", 1.0),  # the judge is asked by `Reward`
 }

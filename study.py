@@ -24,6 +24,7 @@ from data import (
     in_draws,
     is_adair_layout,
     list_training,
+    middle,
     names_digest,
     split_usable,
     task_names,
@@ -249,6 +250,8 @@ def usable_samples(config, side):
     runs.same_everywhere("list of images", names_digest([*samples, *split.val, *split.held_out]))
     val, broken = split_usable(split.val, max(16, side))
     held_out, more = split_usable(split.held_out, max(16, side))
+    if config.measure_crop:
+        val, held_out = ([middle(s, config.measure_crop) for s in part] for part in (val, held_out))
     runs.say_skipped(split.problems + broken + more)
     if not (val and held_out):
         raise DataError(

@@ -6,8 +6,12 @@ the space of a restorer's weights, before anything is trained.
 Crops of the training images, one at a time. A cosine of 0.1 is usable: the gradients of many images
 add up, noise does not (last row). Near 0, more rollouts, another block or more images a step are
 needed. A reward without gradient cannot be looked at like this.
+
+Of a diffusion chain the gradient is that of the expected reward through all steps that have noise,
+the last step held: the mean over walks, differentiated along their path.
 """
 
+import copy
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -22,7 +26,7 @@ import runs
 import study
 from config import DEMO_MODEL
 from data import TASK_WORDS, Crops, list_training, task_names
-from diffusion import Chain
+from diffusion import Chain, Steps
 from lrpo import Pixels, check_blocks, check_crop
 from model import load_restorer
 from rewards import Reward, parse_terms, smallest_side
@@ -45,12 +49,14 @@ class Config:
     block: tuple[runs.Positive, ...] = (1, 2, 8)
     """px a side of the blocks that are drawn; they divide --crop"""
     sigma: runs.AboveZero = 0.01
-    """deviation of what is drawn, in [0, 1]"""
+    """deviation of what is drawn, in [0, 1]; of a chain it is its own"""
     group_size: Annotated[int, Field(ge=2)] = 32
     """G, rollouts per image"""
-    advantage_patch: runs.Count = 8
+    advantage_patch: tuple[runs.Count, ...] = (8,)
     """px a side of patches that have an advantage each, a multiple of every --block; 0: one
     advantage an image"""
+    walks: runs.Positive = 64
+    """of a chain: how many the gradient of its expected reward is the mean of"""
     images: runs.Positive = 2
     """crops of each task"""
     crop: runs.MultipleOf8 = 128
@@ -79,16 +85,31 @@ def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch)
     return gradient((advantages[:, :, None] * policy.log_prob(net, path, patch)).mean(), net)
 
 
+def expected_gradient(net, reward, batch, generators, walks):
+    """The gradient of a batch of one crop that RL estimates: of the reward itself, or of a chain's
+    expected reward, by the path of its walks."""
+    if not isinstance(net, Chain):
+        return gradient(reward.differentiable(net(batch.degraded), batch.gt, batch.tasks)[0], net)
+    y, generator = 2 * batch.degraded - 1, generators[0]
+    last = copy.deepcopy(net).requires_grad_(False)  # the step that RL does not train
+    total = 0
+    for _ in range(walks):
+        *_, (t, x, _) = net.walk(y, lambda: torch.randn(y.shape, generator=generator).to(y))
+        restored = (last.predict(x, y, torch.full((1,), t, device=y.device)) + 1) / 2
+        total = total + gradient(reward.differentiable(restored, batch.gt, batch.tasks)[0], net)
+    return total / walks
+
+
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
 def load(config):
     """(restorer, reward, crops) of the flags. Raises RunError for what cannot be looked at."""
-    check_blocks(config.block, config.advantage_patch, config.crop)
     net = load_restorer(config.init).to(config.device)
-    if isinstance(net, Chain):
-        raise runs.RunError(f"{config.init} holds a diffusion chain: this is about single steps")
+    blocks = (1,) if isinstance(net, Chain) else config.block
+    for patch in config.advantage_patch:
+        check_blocks(blocks, patch, config.crop)
     check_crop(net, config.crop)
     reward = Reward(parse_terms(config.rewards), config.device, config.weights_dir)
     if config.crop < (side := smallest_side(reward.weights)):
@@ -104,17 +125,21 @@ def run_program(argv):
     config = runs.flags(Config, "experiments.cosine", __doc__, argv)
     runs.check_device(config.device)
     net, reward, crops = load(config)
-    policy = Pixels(config.block, [config.sigma] * len(config.block))
+    if isinstance(net, Chain):
+        policy, blocks = Steps(net), [None]
+    else:
+        policy, blocks = Pixels(config.block, [config.sigma] * len(config.block)), config.block
+    ways = [(turn, patch) for turn in range(len(blocks)) for patch in config.advantage_patch]
     rows, total = {}, 0
     for task, numbers in tqdm(crops.of_each_task(config.images).items(), desc="tasks"):
-        rows[task] = torch.zeros(len(config.block))
+        rows[task] = torch.zeros(len(ways))
         for n in numbers:
             batch = crops.collate([crops[n]])
             degraded, gt = (t.to(config.device) for t in (batch.degraded, batch.gt))
             batch = batch._replace(degraded=degraded, gt=gt)
-            value = reward.differentiable(net(batch.degraded), batch.gt, batch.tasks).mean()
-            found = [gradient(value, net)]
-            for turn in range(len(config.block)):
+            generators = study.generators_of(config, batch.numbers)
+            found = [expected_gradient(net, reward, batch, generators, config.walks)]
+            for turn, patch in ways:
                 found += [
                     rl_gradient(
                         net,
@@ -124,16 +149,17 @@ def run_program(argv):
                         group_size=config.group_size,
                         generators=study.generators_of(config, batch.numbers),
                         turn=turn,
-                        patch=config.advantage_patch,
+                        patch=patch,
                     )
                 ]
             rows[task] += torch.tensor([cosine(found[0], g) for g in found[1:]]) / len(numbers)
             total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
     lines = [[task, *(f"{v:.2f}" for v in values)] for task, values in rows.items()]
     lines.append(["all images together", *(f"{cosine(total[0], g):.2f}" for g in total[1:])])
-    print("cosine of RL's gradient to the reward's, one image at a time; ", end="")
-    print(f"G = {config.group_size}, patches of {config.advantage_patch} px\n")
-    print(report.markdown(["", *(f"b = {b}" for b in config.block)], lines))
+    names = [f"patch {p}" if blocks[turn] is None else f"b {blocks[turn]}, {p}" for turn, p in ways]
+    print(f"cosine of RL's gradient to the true one, one image at a time; G = {config.group_size}")
+    print(f"{'' if blocks[0] is None else 'b: px of a block; '}then px of a patch, 0: the image\n")
+    print(report.markdown(["", *names], lines))
 
 
 def main(argv=None):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import runs
 from config import DEMO_MODEL
-from data import DataError, find_photos, list_training
+from data import DataError, find_photos, list_training, middle
 from eval import load
 from experiments.exposure_judge import closeness, mean_luminance
 from metrics import evaluate_image
@@ -50,13 +50,6 @@ class Config:
     """folder of photographs to measure on"""
 
 
-def middle(sample, side=256):
-    """The sample of the middle `side` px of its photograph, or of all that there is."""
-    left, top, right, bottom = sample.box
-    x, y = (max(size - side, 0) // 2 for size in (right - left, bottom - top))
-    return sample._replace(box=(left + x, top + y, right - x, bottom - y))
-
-
 def parts_of(config):
     """What to measure: {key in report.json: samples}. Raises DataError."""
     if not config.measure_on:
@@ -65,7 +58,7 @@ def parts_of(config):
     samples, problems = find_photos(config.measure_on)
     if problems or not samples:
         raise DataError(problems[0] if problems else f"{config.measure_on} holds no photograph")
-    return {"photographs_": [middle(s) for s in samples]}
+    return {"photographs_": [middle(s, 256) for s in samples]}
 
 
 def run_program(argv):

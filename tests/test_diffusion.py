@@ -1,5 +1,6 @@
 """The chain against simulation, Bayes' rule and torch.distributions."""
 
+import copy
 import json
 import math
 
@@ -91,6 +92,32 @@ def test_log_prob_kl_and_likelihood_against_torch_distributions():
             # E log π = −KL(q ‖ π) − entropy of q
             wanted = -kl_divergence(truth, density) - truth.entropy()
             assert torch.allclose(likelihood[:, g, s].flatten(), wanted.mean(dim=(1, 2, 3)))
+
+
+def flat_gradient(value, net):
+    parameters = [*net.parameters()]
+    found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found])
+
+
+def test_the_policy_gradient_is_that_of_the_expected_reward():
+    """Σ_t E[(r − r̄) ∇ log π] against the gradient of E[r] along the path of the walks, whose last
+    step, which RL does not train, is held."""
+    net, n = chain(), 1500
+    y, gt = torch.rand(2, 1, 3, 8, 8, dtype=torch.float64)
+    policy = Steps(net)
+    restored, path = policy.rollout(net, y, n, seeded(1))
+    r = -(restored - gt[:, None]).square().mean(dim=(2, 3, 4))  # (1, n)
+    advantages = (r - r.mean())[:, :, None, None, None]
+    # log π is a mean over 3·8·8 entries, and .mean() is one over three steps
+    rl = 3 * 3 * 8 * 8 * flat_gradient((advantages * policy.log_prob(net, path)).mean(), net)
+
+    last, many = copy.deepcopy(net).requires_grad_(False), (2 * y - 1).expand(n, -1, -1, -1)
+    *_, (_, x, _) = net.walk(many, lambda: torch.randn_like(many))
+    output = (last.predict(x, many, torch.ones(n, dtype=torch.long)) + 1) / 2
+    wanted = flat_gradient(-(output - gt).square().mean(), net)
+    assert torch.nn.functional.cosine_similarity(rl, wanted, dim=0) > 0.85
+    assert (rl.norm() / wanted.norm()).item() == pytest.approx(1, abs=0.25)
 
 
 def test_log_prob_of_patches_averages_to_that_of_the_image():

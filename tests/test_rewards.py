@@ -591,8 +591,16 @@ def test_piqe_is_the_packages_and_its_absence_a_sentence(monkeypatch):
         reward.try_plugs(torch.rand(3, 32, 32), has_gradient=False)
     monkeypatch.undo()
     pypiqe = pytest.importorskip("pypiqe")
-    photo = torch.from_numpy(astronaut()[:128, :128].copy()).permute(2, 0, 1)[None] / 255
-    score = pypiqe.piqe(astronaut()[:128, :128])[0]
-    assert rewards.r_piqe(photo).item() == pytest.approx(1 - score / 100)
+    photo = astronaut()[:128, :128].copy()
+    images = torch.from_numpy(np.stack([photo, photo[::-1]])).permute(0, 3, 1, 2) / 255
+    images[1] = (images[1] + 0.05 * torch.randn(3, 128, 128)).clamp(0, 1)
+    shots = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()[..., ::-1]  # it wants BGR
+    scores = [pypiqe.piqe(np.ascontiguousarray(shot))[0] for shot in shots]
+    wanted = 1 - torch.tensor(scores) / 100
+    assert torch.allclose(rewards.r_piqe(images).double(), wanted, atol=1e-6)
+    # from its blocks, of which patches have their shares
+    shares = rewards.PatchMeans(16)
+    assert torch.allclose(rewards.r_piqe(images, mean=shares).double(), wanted, atol=1e-3)
+    assert [tuple(z.shape) for z in shares.seen] == [(2, 8, 8)] * 2
     with pytest.raises(rewards.RewardError, match="has no gradient"):
         reward.try_plugs(torch.rand(3, 32, 32), has_gradient=True)
