@@ -74,6 +74,20 @@ LRPO_JUDGED = {  # by exposure_judge.py, too
     "lrpo-judged": LRPO_JUDGE,
     "lrpo-judged-shuffled": f"{LRPO_JUDGE} --shuffle-advantages",
 }
+CHAIN = {  # python lrpo.py --policy chain
+    "chain": "--policy chain",
+    "chain-shuffled": "--policy chain --shuffle-advantages",
+    "chain-sft-time": "--policy chain --objective sft --steps 400",
+    # of the reward what has a gradient
+    "chain-reward-time": "--policy chain --objective reward --rewards ssim=1,lowpass=1 --steps 400",
+}
+CHAIN_WITHOUT = {  # what breaks without it
+    "chain-one-advantage": "--policy chain --advantage-patch 0",
+    "chain-own-deviation": "--policy chain --advantage-scale group",
+    "chain-no-levels": "--policy chain --no-noise-levels",
+    "chain-no-likelihood": "--policy chain --likelihood 0",
+    "chain-piqe-alone": "--policy chain --rewards piqe=1",
+}
 GROUPS = {
     "main": MAIN,
     "time": TIME,
@@ -82,6 +96,8 @@ GROUPS = {
     "judged": JUDGED,
     "pixels": LRPO,
     "pixels-judged": LRPO_JUDGED,
+    "chain": CHAIN,
+    "chain-without": CHAIN_WITHOUT,
 }
 ARMS = {name: flags for group in GROUPS.values() for name, flags in group.items()}
 
@@ -91,7 +107,8 @@ class Config:
     """Repeat the experiments."""
 
     arms: tuple[str, ...] = ("irpo", "sft", "rl", "rl-shuffled")
-    """which of them, or groups of them: main, time, data, tables, judged, pixels, pixels-judged"""
+    """which of them, or groups of them: main, time, data, tables, judged, pixels, pixels-judged,
+    chain, chain-without"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """seeds of every arm"""
     out: Path = Path("runs/results")
@@ -105,7 +122,8 @@ class Config:
 def run(config, arm, seed):
     """One run to its end; True if it reached it. What it prints goes to SEED.log."""
     folder = config.out.resolve() / arm / str(seed)
-    program = "lrpo.py" if arm in LRPO | LRPO_JUDGED else "train.py"
+    is_lrpo = arm in LRPO | LRPO_JUDGED | CHAIN | CHAIN_WITHOUT
+    program = "lrpo.py" if is_lrpo else "train.py"
     flags = ["--hard-ratio", "0.3", "--seed", str(seed), "--out", str(folder)]
     flags += shlex.split(f"{ARMS[arm]} {config.flags}")
     if (folder / "config.json").exists():
