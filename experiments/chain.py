@@ -1,0 +1,205 @@
+"""Measures what runs of lrpo.py made of a diffusion chain, by its noise-free output and by samples.
+
+    python -m experiments.run --arms chain --seeds 0 1 2 --jobs 2 --out runs/chain
+    python -m experiments.chain runs/chain [--measure-on data/test/denoise/bsd68]
+    python -m experiments.chain results/chain         # the rows of chain.csv there alone
+
+Leaves chain.csv beside the arms: a row for every run, output and image. Outputs: without noise;
+samples at temperature 1 and 0.5; without noise, the last step being that of the start, which RL
+does not train. The reward is lrpo.py's for chains; PSNR and BRISQUE (Mittal et al. 2012, by the
+package brisque) are not in it. BRISQUE is shown as 1 − BRISQUE/100, so that more is better.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from tqdm import tqdm
+
+import lrpo
+import report
+import runs
+from data import DataError, find_photos, list_training, middle
+from diffusion import Sampled
+from experiments.tables import interval, write_csv
+from metrics import evaluation_pair, psnr
+from model import CheckpointError, load_restorer, restore
+from rewards import Reward, RewardError, Scene, effective_weights, parse_terms, weighted_sum
+
+MEASURES = ["reward", "piqe", "ssim", "lowpass", "brisque", "psnr"]
+
+
+@dataclass
+class Config:
+    """Measure runs of a diffusion chain."""
+
+    folder: tyro.conf.Positional[Path]
+    """of ARM/SEED, or of a chain.csv"""
+    measure_on: Path | None = None
+    """folder of photographs to measure on; without it, the demo's held-out ones"""
+    validation: bool = False
+    """the demo's validation photographs instead, on which settings are chosen"""
+    every: runs.Positive = 1
+    """take every so-manieth photograph of --measure-on"""
+    side: runs.MultipleOf8 = 192
+    """px a side of the middle of a photograph that is measured"""
+
+
+class LastStepOf(torch.nn.Module):
+    """A chain without noise whose last step is another's."""
+
+    def __init__(self, chain, last):
+        super().__init__()
+        self.chain, self.last = chain, last
+
+    def forward(self, degraded):
+        y = 2 * degraded - 1
+        *_, (t, x, _) = self.chain.walk(y, lambda: torch.zeros_like(y))
+        return (self.last.predict(x, y, torch.full((len(y),), t, device=y.device)) + 1) / 2
+
+
+def outputs_of(chain, start):
+    """{name: restorer} of a chain."""
+    return {
+        "noise-free": chain,
+        "sample": Sampled(chain),
+        "half the noise": Sampled(chain, temperature=0.5),
+        "the start's last step": LastStepOf(chain, start),
+    }
+
+
+def brisque_of():
+    """A function from images (3, H, W) to 1 − BRISQUE/100. Raises RunError without the package."""
+    try:
+        from brisque import BRISQUE
+    except ImportError:
+        said = "experiments.chain needs the package brisque"
+        raise runs.RunError(f"{said}: pip install brisque opencv-python-headless") from None
+
+    class Brisque(BRISQUE):
+        def scale_features(self, features):  # NumPy 2.4 makes no number of an array of one
+            return super().scale_features([np.ravel(f)[0] for f in features])
+
+    model = Brisque(url=False)
+
+    def value(image):
+        pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+        return 1 - model.score(pixels) / 100
+
+    return value
+
+
+def measure(outputs, samples, reward, brisque):
+    """{output: rows} of all samples."""
+    weights, rows = effective_weights(reward.weights), {name: [] for name in outputs}
+    for sample in tqdm(samples, leave=False):
+        degraded, gt = evaluation_pair(sample)
+        for name, net in outputs.items():
+            restored = restore(net, degraded).clamp(0, 1)
+            scene = Scene(restored[None, None], gt[None], [sample.task], reward.nets)
+            terms = reward.terms(scene, weights)
+            row = {name: value.item() for name, value in terms.items()}
+            row |= dict(reward=weighted_sum(terms, weights).item())
+            row |= dict(psnr=psnr(restored, gt).item(), brisque=brisque(restored))
+            rows[name].append(dict(task=sample.task, image=sample.name, **row))
+    return rows
+
+
+def samples_of(config):
+    """What to measure on. Raises DataError."""
+    if not config.measure_on:
+        demo = list_training(None)
+        found = demo.val if config.validation else demo.held_out
+        return [middle(s, config.side) for s in found]
+    samples, problems = find_photos(config.measure_on)
+    if problems or not samples:
+        raise DataError(problems[0] if problems else f"{config.measure_on} holds no photograph")
+    names = sorted({s.name for s in samples})[:: config.every]
+    return [middle(s, config.side) for s in samples if s.name in names]
+
+
+def collect(config, paths):
+    """The rows of all runs: of every output and image what it was before, and the gains."""
+    reward, brisque = Reward(parse_terms(lrpo.chain().scoring.rewards)), brisque_of()
+    samples, starts, found = samples_of(config), {}, []
+    for path in paths:
+        init = runs.load_json(path / "config.json")["init"]
+        if init not in starts:
+            start = load_restorer(init)
+            starts[init] = start, measure(outputs_of(start, start), samples, reward, brisque)
+        start, before = starts[init]
+        after = measure(
+            outputs_of(load_restorer(path / "last.pt"), start), samples, reward, brisque
+        )
+        for name, rows in after.items():
+            old, new = pd.DataFrame(before[name]), pd.DataFrame(rows)
+            gains = new[["task", "image"]].join(old[MEASURES].add_suffix("_before"))
+            gains = gains.join(new[MEASURES] - old[MEASURES])
+            found.append(gains.assign(arm=path.parent.name, seed=path.name, output=name))
+        print(path, flush=True)
+    return pd.concat(found)
+
+
+def table(rows):
+    """What every arm gains, by every output, with intervals over photographs and seeds."""
+    head = ["", "output", "seeds", *(f"{key}, 1e-4" for key in MEASURES[:-1]), "PSNR, dB"]
+    lines = []
+    for name, of_output in rows.groupby("output", sort=False):
+        first = of_output[of_output["arm"] == of_output["arm"].iloc[0]]
+        start = [first.groupby("task")[f"{key}_before"].mean().mean() for key in MEASURES]
+        lines.append(["start", name, "", *(f"{v:.4f}" for v in start[:-1]), f"{start[-1]:.2f}"])
+    for (arm, name), of_arm in rows.groupby(["arm", "output"], sort=False):
+        lines.append([arm, name, of_arm["seed"].nunique(), *cells(of_arm)])
+    for arm, control in PAIRS:
+        for name, of_output in rows.groupby("output", sort=False):
+            both = minus(of_output, arm, control)
+            if len(both):
+                lines.append([f"{arm} − {control}", name, both["seed"].nunique(), *cells(both)])
+    return report.markdown(head, lines)
+
+
+PAIRS = [("chain", "chain-shuffled"), ("chain", "chain-sft-time"), ("chain", "chain-reward-time")]
+
+
+def minus(rows, arm, control):
+    """How much more one arm gains than another, of the seeds and images that both have."""
+    key = ["seed", "task", "image", "photo"]
+    one, other = (rows[rows["arm"] == name].set_index(key)[MEASURES] for name in (arm, control))
+    return (one - other).dropna().reset_index()
+
+
+def cells(rows):
+    """The mean gains in rows, with intervals."""
+    words = []
+    for key in MEASURES:
+        scale, digits = (1, 3) if key == "psnr" else (1e4, 0)
+        mean, low, high = (f"{scale * v:+.{digits}f}" for v in interval(rows, key))
+        words.append(mean if "nan" in low else f"{mean} [{low}, {high}]")
+    return words
+
+
+def run_program(argv):
+    """Measures the runs in a folder, or reads what was measured, and prints the table."""
+    config = runs.flags(Config, "experiments.chain", __doc__, argv)
+    runs.check_device("cpu")
+    paths = sorted(path.parent for path in config.folder.glob("*/*/report.json"))
+    file = config.folder / "chain.csv"
+    if paths:
+        write_csv(file, collect(config, paths))
+    if not file.exists():
+        raise runs.RunError(f"{config.folder} holds no ARM/SEED/report.json and no chain.csv")
+    rows = pd.read_csv(file, dtype=dict(seed=str))
+    print(table(rows.assign(photo=rows["image"].str.replace(r"#\d+$", "", regex=True))))
+
+
+def main(argv=None):
+    errors = (CheckpointError, DataError, RewardError)
+    return runs.program("experiments.chain", run_program, argv, errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
