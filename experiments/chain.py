@@ -173,11 +173,11 @@ def minus(rows, arm, control):
 
 
 def cells(rows):
-    """The mean gains in rows, with intervals."""
-    words = []
+    """The mean gains in rows, with intervals, of one seed over photographs alone."""
+    over, words = ("seed", "photo") if rows["seed"].nunique() > 1 else ("photo",), []
     for key in MEASURES:
         scale, digits = (1, 3) if key == "psnr" else (1e4, 0)
-        mean, low, high = (f"{scale * v:+.{digits}f}" for v in interval(rows, key))
+        mean, low, high = (f"{scale * v:+.{digits}f}" for v in interval(rows, key, over))
         words.append(mean if "nan" in low else f"{mean} [{low}, {high}]")
     return words
 

@@ -1,9 +1,12 @@
 """The chain against simulation, Bayes' rule and torch.distributions."""
 
 import copy
+import dataclasses
 import json
 import math
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import fails, write
@@ -11,9 +14,13 @@ from torch.distributions import Normal, kl_divergence
 
 import eval as evaluation
 import lrpo
+from config import parse_over
 from data import read_image
 from diffusion import Chain, Steps, schedule
+from experiments import chain as chain_program
+from experiments.chain import MEASURES, LastStepOf
 from model import load_restorer, restore
+from rewards import parse_terms
 
 
 def chain(seed=0, **config):
@@ -147,6 +154,41 @@ def test_the_last_step_returns_the_prediction_and_noise_follows_the_generators()
     assert torch.allclose(one.flatten(0, 1), (wanted + 1) / 2)
     other, _ = policy.rollout(net, y, 4, [seeded()[0], *seeded(1, seed=9)])
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+def test_the_preset_of_chains_names_the_demos_and_its_reward(tmp_path, capsys):
+    """--policy chain is --preset chain; its weights and its reward can be given otherwise."""
+    argv = ["--policy", "chain", "--group-size", "4", "--device", "cpu"]
+    config = parse_over("lrpo.py", "", lrpo.PRESETS, argv)
+    assert Path(config.init).name == "chain.pt" and config.policy.group_size == 4
+    assert parse_terms(config.scoring.rewards)["piqe"] == 0.4
+    both = parse_over("lrpo.py", "", lrpo.PRESETS, ["--preset=chain", *argv[2:]])
+    assert dataclasses.replace(both, out="", command="") == dataclasses.replace(
+        config, out="", command=""
+    )
+    gone = [*argv, "--init", str(tmp_path / "gone.pt"), "--out", str(tmp_path / "run")]
+    assert "gone.pt" in fails(capsys, lrpo.main, gone)
+
+
+def test_what_is_measured_of_a_chain(tmp_path, capsys):
+    """Outputs with and without noise, and with another's last step."""
+    net, start, y = chain(), chain(1), images()
+    mixed = LastStepOf(net, start)(y)
+    *_, (_, x, _) = net.walk(2 * y - 1, lambda: torch.zeros_like(y))
+    wanted = start.predict(x, 2 * y - 1, torch.ones(2, dtype=torch.long))
+    assert torch.allclose(mixed, (wanted + 1) / 2)
+    assert torch.allclose(LastStepOf(net, net)(y), net(y))
+    rows = pd.DataFrame(dict(arm=["chain", "chain-shuffled"] * 2, seed=["0"] * 4, output="sample"))
+    rows = rows.assign(task="derain", image=["a", "a", "b", "b"])
+    for k, key in enumerate(MEASURES):
+        rows[key], rows[f"{key}_before"] = [0.03 + k, 0.01, 0.05 + k, 0.02], 0.5
+    rows.to_csv(tmp_path / "chain.csv", index=False)
+    assert chain_program.main([str(tmp_path)]) is None
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    found = {line[1].strip(): line[4].strip() for line in lines if len(line) > 4}
+    assert found["start"] == "0.5000" and found["chain"].startswith("+400 ")
+    assert found["chain − chain-shuffled"].startswith("+250 ")
+    assert "holds no ARM/SEED" in fails(capsys, chain_program.main, [str(tmp_path / "empty")])
 
 
 def test_without_noise_the_chain_is_a_restorer():
