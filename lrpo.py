@@ -200,9 +200,24 @@ def attach(config, pretrained, crops, checkpoint):
     state = study.begin(config, live, dict(model=config.training.lr), crops)
     if checkpoint:
         state.load(checkpoint)
-    if isinstance(pretrained, Chain):
-        return state, Steps(pretrained)
-    return state, Pixels(config.policy.block, config.policy.sigma)
+    return state, policy_of(config, pretrained)
+
+
+def policy_of(config, restorer):
+    if isinstance(restorer, Chain):
+        return Steps(restorer)
+    return Pixels(config.policy.block, config.policy.sigma)
+
+
+def four_rollouts(config, state, degraded, generators):
+    """Of an image (1, 3, H, W), for rollouts.png: restored (4, 3, H, W), and as actions what was
+    drawn, ten times as much: by how much the output was moved; of a chain the first step."""
+    restorer = state.averaged.module["model"]
+    policy = policy_of(config, restorer)
+    restored, path = policy.rollout(restorer, degraded, 4, generators, turn=0)
+    if isinstance(restorer, Chain):
+        return restored[0], (path.after[0, :, 0] + 1) / 2
+    return restored[0], 0.5 + 10 * (path.actions - policy.means(restorer, path))[0]
 
 
 # ---------------------------------------------------------------------------------------- the flags
@@ -358,7 +373,10 @@ def run_program(argv):
     about = "RL whose actions are pixels, for any restorer."
     flags = parse_over("lrpo.py", about, PRESETS, argv)
     check(flags)
-    study.carry_out(flags, load, post_train if flags.objective == "lrpo" else fine_tune)
+    if flags.objective == "lrpo":
+        study.carry_out(flags, load, post_train, four_rollouts)
+    else:
+        study.carry_out(flags, load, fine_tune)
 
 
 def main(argv=None):

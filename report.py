@@ -1,4 +1,5 @@
-"""Tables and figures: Markdown, CSV, curves.png, samples.png. Nothing of the method is here.
+"""Tables and figures: Markdown, CSV, curves.png, samples.png, rollouts.png. Nothing of the method
+is here.
 
 A row of an evaluation is a dict with task, name, psnr_in, psnr, ssim and whatever else was
 measured.
@@ -8,6 +9,7 @@ import io
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 # ------------------------------------------------------------------------------------------ tables
@@ -180,6 +182,55 @@ def to_png(picture):
     buffer = io.BytesIO()
     picture.save(buffer, format="png")
     return buffer.getvalue()
+
+
+def most_changed(before, after, side=96):
+    """(rows, columns), slices of the crop of `side` px, or of all that there is, in which two
+    images (3, H, W) differ most."""
+    off = (after - before).abs().mean(dim=0, keepdim=True)
+    height, width = (min(side, n) for n in off.shape[1:])
+    means = F.avg_pool2d(off, (height, width), stride=8)[0]
+    top, left = (8 * int(i) for i in divmod(int(means.argmax()), means.shape[1]))
+    return slice(top, top + height), slice(left, left + width)
+
+
+def ten_times(after, before):
+    """Ten times what changed, around grey."""
+    return (0.5 + 10 * (after - before)).clamp(0, 1)
+
+
+def plot_rollouts(path, degraded, restored, actions, scores, advantages):
+    """Draws the rollouts of one image (3, H, W): restored (G, 3, H, W), how each differs from their
+    mean, its action, numbers (G, K) or an image (G, 3, h, w), its reward and advantage (G,); the
+    best one framed."""
+    n, best, mean = len(restored), int(scores.argmax()), restored.mean(dim=0)
+    figure, axes = pyplot().subplots(3, n + 1, figsize=(2.4 * (n + 1), 7), squeeze=False)
+    for axis, title in zip(axes[1:, 0], ["ten times what differs\nfrom their mean", "action"]):
+        axis.text(1, 0.5, title, ha="right", va="center", transform=axis.transAxes)
+    axes[0, 0].imshow(as_picture(degraded))
+    axes[0, 0].set_title("degraded", fontsize=10)
+    for g in range(n):
+        words = f"r = {scores[g]:.4f}, A = {advantages[g]:+.2f}"
+        bold = "bold" if g == best else "normal"
+        axes[0, g + 1].set_title(words, fontsize=10, weight=bold)
+        axes[0, g + 1].imshow(as_picture(restored[g]))
+        axes[1, g + 1].imshow(as_picture(ten_times(restored[g], mean)))
+        if actions.ndim == 2:
+            axes[2, g + 1].bar(range(actions.shape[1]), actions[g].tolist(), color="#4a6fa5")
+            axes[2, g + 1].set_ylim(0, 1)
+        else:
+            axes[2, g + 1].imshow(as_picture(actions[g]))
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    for axis in axes[:, best + 1]:
+        for side in axis.spines.values():
+            side.set(color="#2a7d46", linewidth=4)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot().close(figure)
 
 
 def plot_samples(rows, width=264, gap=6, line=18):

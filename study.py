@@ -41,11 +41,12 @@ ERRORS = (DataError, CheckpointError, PolicyError, rewards.RewardError, JudgeErr
 # ----------------------------------------------------------------------------------------- a run
 
 
-def carry_out(config, load, method):
+def carry_out(config, load, method, rollouts=None):
     """A run from its flags to its report, until it is done or asked to end.
 
     load(config, reward) -> the pre-trained model. method(config, run, pretrained, reward, samples,
-    val, judge=…, checkpoint=…) -> the State after the last step.
+    val, judge=…, checkpoint=…) -> the State after the last step. rollouts(config, state, degraded,
+    generators) -> what rollouts.png shows of an image (1, 3, H, W): the restored ones, the actions.
     """
     config.device = runs.join(config.device)
     config.out = runs.gather(config.out)[0]  # its default has the time in it
@@ -53,14 +54,14 @@ def carry_out(config, load, method):
     with runs.Stop(config.training.max_minutes) as stop:
         try:
             with make_judge(config, folder, stop) as judge:
-                whole_run(config, folder, stop, judge, load, method)
+                whole_run(config, folder, stop, judge, load, method, rollouts)
         except runs.Stopped as stopped:
             begun = (folder / "config.json").exists()
             again = f"--resume {folder}" if begun else "the same command"
             runs.say(f"stopped by {stopped}; {again} goes on")
 
 
-def whole_run(config, folder, stop, judge, load, method):
+def whole_run(config, folder, stop, judge, load, method, rollouts):
     """What a run is made of, the method, before against after."""
     if not config.resume and runs.rank() == 0:
         runs.refuse_existing(folder)
@@ -108,6 +109,8 @@ def whole_run(config, folder, stop, judge, load, method):
         run.save("last.pt")
         if len(set(runs.gather(model_digest(state.live)))) > 1:
             runs.say("note: the processes' weights are not equal to the bit; the first's are kept")
+        if rollouts and not reward.is_judge_alone and runs.rank() == 0:
+            show_rollouts(config, run, reward, val, rollouts)
         write_report(config, run, pretrained, reward, held_out)
 
 
@@ -407,6 +410,22 @@ def add_samples(rows, run, reward, chain, held_out):
         row |= dict(psnr_sample=of_sample["psnr"], reward_sample=of_sample["reward"])
 
 
+@torch.no_grad()
+def show_rollouts(config, run, reward, val, rollouts):
+    """Draws rollouts.png: four rollouts of a validation image, a hazy one if there is one, by the
+    policy as it is at the end."""
+    sample = next((s for s in val if s.task == "dehaze"), val[0])
+    pair = evaluation_pair(middle(sample, max(config.samples.crop, 128)))
+    degraded, gt = (image[None].to(config.device) for image in pair)
+    generators = generators_of(config, [0])
+    restored, actions = rollouts(config, run.state, degraded, generators)
+    scores, _ = reward(restored[None], degraded, gt, [sample.task])
+    found = grpo.group_advantages(scores, 1e-12)[0]
+    report.plot_rollouts(
+        run.folder / "rollouts.png", degraded[0], restored.cpu(), actions.cpu(), scores[0], found
+    )
+
+
 def write_report(config, run, pretrained, reward, held_out):
     """The last step against the start, on images that nobody looked at before: report.md,
     report.json, curves.png, samples.png."""
@@ -422,11 +441,16 @@ def write_report(config, run, pretrained, reward, held_out):
     rows = []
     for i in report.typical_and_worst(before, gains):
         degraded, gt = evaluation_pair(held_out[i])
-        images = dict(input=degraded, before=restore(pretrained, degraded))
-        images["after"] = state.restore(degraded)
-        captions = [(f"{name}  {psnr(image, gt):.2f} dB", image) for name, image in images.items()]
-        captions[0] = f"{held_out[i].task}: {captions[0][0]}", degraded
-        rows.append([*captions, (f"truth  ({gains[i]:+.2f} dB)", gt)])
+        old, new = restore(pretrained, degraded), state.restore(degraded)
+        crop = slice(None), *report.most_changed(old, new)
+        pictures = {
+            f"{held_out[i].task}, {before[i]['psnr_in']:.2f} dB": degraded,
+            f"before, {before[i]['psnr']:.2f} dB": old,
+            f"after, {gains[i]:+.2f} dB": new,
+            "truth": gt,
+            "ten times what changed": report.ten_times(new, old),
+        }
+        rows.append([(caption, image[crop]) for caption, image in pictures.items()])
     runs.write_atomic(folder / "samples.png", report.plot_samples(rows))
     every = 1 + state.step // 10_000  # what a plot can show; of a long run too many to hold
     shown = list(itertools.islice(runs.read_metrics(folder), 0, None, every))
@@ -458,11 +482,13 @@ Command: `{config.command}`
 
 ![curves](curves.png)
 ![samples](samples.png)
+{"![rollouts](rollouts.png)" if (folder / "rollouts.png").exists() else ""}
 
-The last row of the samples is the image of lowest gain, the others are of median gain.
+The last row of the samples is the image of lowest gain, the others are of median gain. Shown is
+the crop of 96 px that changed most; the numbers are those of the whole image.
 """
     runs.write_atomic(folder / "report.md", text.encode())
     stored = dict(before=before, after=after, hard=hard, validation=state.history)
     runs.save_json(folder / "report.json", stored)
-    files = "report.md, curves.png, samples.png, last.pt, metrics.jsonl"
+    files = "report.md, curves.png, samples.png, rollouts.png, last.pt, metrics.jsonl"
     runs.say(f"\n{table}\n\neverything of this run lies in {folder}: {files}")

@@ -160,10 +160,20 @@ def load(config, reward):
     return model.to(config.device, memory_format=torch.channels_last)
 
 
+def four_rollouts(config, state, degraded, generators):
+    """Of an image (1, 3, H, W), for rollouts.png: restored (4, 3, H, W), actions (4, 12)."""
+    model, policy = state.averaged.module.values()
+    group = grpo.rollout(model, policy, model.encode(degraded), 4, generators)
+    return group.restored[0], group.actions[0].flatten(1)
+
+
 def run_program(argv):
     """The program with these flags, until it is done or asked to end."""
     config = parse(argv)
-    study.carry_out(config, load, post_train if config.objective == "irpo" else fine_tune)
+    if config.objective == "irpo":
+        study.carry_out(config, load, post_train, four_rollouts)
+    else:
+        study.carry_out(config, load, fine_tune)
 
 
 def main(argv=None):
