@@ -1,11 +1,20 @@
 """The figures of the experiments; tables.py draws them."""
 
 import report
+from experiments.run import ARMS
 
 TITLES = {"psnr": "PSNR gain (dB)", "reward": "reward gain (1e-4)"}
 SCALES = {"psnr": 1, "reward": 1e4}
 WINDOW = 40  # steps; D_hard of the demo is passed over in 46
-LINES = dict(colormap="tab20", legend=False, fontsize=8)
+LINES = dict(legend=False, fontsize=8)
+OF_HEADS = ("rl", "judged")  # what their names begin with: arms that train the heads alone
+
+
+def colours(arms):
+    """A colour for every arm, the same in all figures."""
+    palette, known = report.pyplot().get_cmap("tab20").colors, [*ARMS]
+    places = [known.index(arm) if arm in known else i for i, arm in enumerate(arms)]
+    return [palette[place % 20] for place in places]
 
 
 def save(figure, path):
@@ -15,16 +24,27 @@ def save(figure, path):
 
 
 def gains(path, intervals):
-    """The gains of every arm; intervals: {key: {arm: (mean, low, high)}}."""
-    height = 0.3 * len(intervals["psnr"]) + 1
-    figure, axes = report.pyplot().subplots(1, 2, figsize=(9, height), sharey=True)
-    for axis, (key, of_arms) in zip(axes, intervals.items()):
-        for arm, (mean, low, high) in of_arms.items():
-            mean, below, above = (SCALES[key] * v for v in (mean, mean - low, high - mean))
-            axis.errorbar(mean, arm, xerr=[[below], [above]], fmt="o")
-        axis.axvline(0, color="black", linewidth=0.5)
+    """Gains of arms, or differences between them: those that train the heads alone apart, since
+    theirs are smaller by far. intervals: {key: {arm: (mean, low, high)}}."""
+    arms = [*intervals["psnr"]]
+    heads = [arm for arm in arms if arm.startswith(OF_HEADS)]
+    parts = [part for part in ([arm for arm in arms if arm not in heads], heads) if part]
+    sizes = [len(part) + 0.6 for part in parts]
+    figure, axes = report.pyplot().subplots(
+        len(parts), 2, figsize=(9, 0.3 * sum(sizes) + 1), squeeze=False, height_ratios=sizes
+    )
+    for part, row in zip(parts, axes):
+        for axis, (key, of_arms) in zip(row, intervals.items()):
+            for place, (arm, colour) in enumerate(zip(part, colours(part))):
+                mean, low, high = (SCALES[key] * v for v in of_arms[arm])
+                axis.errorbar(
+                    mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour
+                )
+            axis.axvline(0, color="black", linewidth=0.5)
+            axis.set_yticks(range(len(part)), part if key == "psnr" else [])
+            axis.set_ylim(len(part) - 0.4, -0.6)
+    for axis, key in zip(axes[-1], intervals):
         axis.set_xlabel(TITLES[key])
-    axes[0].invert_yaxis()
     save(figure, path)
 
 
@@ -34,7 +54,8 @@ def curves(path, rows):
     rows = rows[rows["task"] == "mean"]
     for axis, (key, title) in zip(axes, TITLES.items()):
         means = rows.pivot_table(index="step", columns="arm", values=key, sort=False)
-        (SCALES[key] * means).plot(ax=axis, ylabel=f"validation: {title}", **LINES)
+        colour = colours(means.columns)
+        (SCALES[key] * means).plot(ax=axis, ylabel=f"validation: {title}", color=colour, **LINES)
         axis.axhline(0, color="black", linewidth=0.5)
     axes[1].legend(fontsize=6)
     save(figure, path)
@@ -57,6 +78,9 @@ def training(path, rows):
     figure, axes = report.pyplot().subplots(1, 3, figsize=(12, 3.5))
     label = f"step (mean of the last {WINDOW}, {rows['seed'].nunique()} seed(s))"
     for axis, (title, of_arms) in zip(axes, panels.items()):
-        of_arms.rolling(WINDOW).mean().plot(ax=axis, title=title, xlabel=label, **LINES)
+        colour = colours(of_arms.columns)
+        of_arms.rolling(WINDOW).mean().plot(
+            ax=axis, title=title, xlabel=label, color=colour, **LINES
+        )
     axes[1].legend(fontsize=6)
     save(figure, path)

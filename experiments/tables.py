@@ -3,8 +3,8 @@
     python -m experiments.tables runs/results     the runs there; leaves small files (`collect`)
     python -m experiments.tables results/main     such files alone: the runs we made
 
-Both leave gains.png, curves.png and training.png beside them. Where eval.py has been run, too,
-Tables 2 and 3 are among the tables, means over seeds.
+Both leave gains.png, differences.png, curves.png and training.png beside them. Where eval.py has
+been run, too, Tables 2 and 3 are among the tables, means over seeds.
 
 Run folders are ARM/SEED, as experiments.run leaves them. A photograph weighs the same however many
 of its draws there are (in a run's own report.md every image does). On the validation images the
@@ -279,18 +279,33 @@ def on_validation(rows):
 
 def difference(rows, one, other):
     """How much more one arm gains than another on the same seeds, of what both have."""
+    both = of_both(rows, one, other)
+    if both.empty:
+        return f"{one} minus {other}: no seed in common"
+    asked = rows[rows["arm"].isin([one, other])]
+    keys = [key for key in UNITS if key in rows and asked[key].notna().all()]
+    words = [f"{shown(key, *interval(both, key))} {UNITS[key]}" for key in keys]
+    return f"{one} minus {other}, {both['seed'].nunique()} seeds: {', '.join(words)}"
+
+
+def differences(rows, pairs):
+    """{key: {"one − other": (mean, low, high)}} of pairs of arms, for a figure."""
+    found = {key: {} for key in ("psnr", "reward")}
+    for one, other in pairs:
+        both = of_both(rows, one, other)
+        for key in found if len(both) else ():
+            found[key][f"{one} − {other}"] = interval(both, key)
+    return found
+
+
+def of_both(rows, one, other):
+    """How much more one arm gains than another, of the seeds and images that both have."""
     keys = [key for key in UNITS if key in rows]
     mine, theirs = (
         rows[rows["arm"] == arm].set_index(["seed", "task", "image"]) for arm in (one, other)
     )
     both = mine.assign(**(mine[keys] - theirs[keys]).reindex(mine.index))
-    both = both.dropna(subset="psnr").reset_index()
-    if both.empty:
-        return f"{one} minus {other}: no seed in common"
-    asked = pd.concat([mine, theirs])
-    keys = [key for key in keys if asked[key].notna().all()]
-    words = [f"{shown(key, *interval(both, key))} {UNITS[key]}" for key in keys]
-    return f"{one} minus {other}, {both['seed'].nunique()} seeds: {', '.join(words)}"
+    return both.dropna(subset="psnr").reset_index()
 
 
 def in_validation(rows, one, other):
@@ -340,6 +355,8 @@ def run_program(argv):
         arms = gains.groupby("arm", sort=False)
         intervals = {k: {arm: interval(of, k) for arm, of in arms} for k in ("psnr", "reward")}
         figures.gains(folder / "gains.png", intervals)
+        if pairs := [pair for pair in PAIRS if {*pair} <= {*gains["arm"]}]:
+            figures.gains(folder / "differences.png", differences(gains, pairs))
     wide = f"{photographs['photo'].nunique() if len(photographs) else 0} other photographs"
     if len(photographs):
         print(per_task(photographs, "psnr"), end="\n\n")
