@@ -60,6 +60,8 @@ class Config:
     """timings of which the median is taken"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast, on our side alone"""
+    compile: bool = False
+    """torch.compile, of inference, on both sides"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
 
@@ -315,11 +317,15 @@ def bench_inference(config, side):
     model, plain = build(config), build(config).to(memory_format=torch.contiguous_format)
     x, taken = torch.rand(1, 3, side, side, device=config.device), ([], [])
     kind, is_half = torch.device(config.device).type, config.dtype == "bf16"
+    ours, plainly = (
+        torch.compile(side) if config.compile else side
+        for side in (model, partial(plain_adair, plain))
+    )
     for _ in range(config.repeats + 2):
         with measured(config, taken[0]), torch.autocast(kind, torch.bfloat16, enabled=is_half):
-            restored = model(x)
+            restored = ours(x)
         with measured(config, taken[1]):
-            wanted = plain_adair(plain, x)
+            wanted = plainly(x)
     return line(f"forward at {side} px", *taken, f"{(restored - wanted).abs().max():.0e}")
 
 
@@ -369,7 +375,8 @@ def run_program(argv):
     where = f"{torch.get_num_threads()} CPU threads"
     if runs.on_gpu(config.device):
         where = torch.cuda.get_device_name(config.device)
-    print(f"model {config.model}, {config.dtype}, {where}, torch {torch.__version__}, ", end="")
+    kind = f"{config.dtype}, compiled" if config.compile else config.dtype
+    print(f"model {config.model}, {kind}, {where}, torch {torch.__version__}, ", end="")
     print(f"medians of {config.repeats}\n")
     print(report.markdown(head, rows))
 
