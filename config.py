@@ -73,7 +73,7 @@ class Training:
     """passes over D_hard, Table 6: 30; who gives them means them, not --steps"""
     batch_size: Positive = 2
     """images per update and process, each with a group of its own, Table 6: 1"""
-    lr: NotNegative = 1e-5
+    lr: NotNegative = 2e-5
     """Adam's rate for the backbone, Table 6: 3e-5"""
     warm_up: Count = 10
     """updates in which the rates rise from 0"""
@@ -108,7 +108,7 @@ class Policy:
     advantage_eps: AboveZero = 1e-12
     """ε of Eq. 8, inside the root: groups whose rewards deviate by less than √ε are damped;
     Appendix B: 1e-6"""
-    head_lr_factor: NotNegative = 210.0
+    head_lr_factor: NotNegative = 25.0
     """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates"""
     freeze_backbone: bool = False
     """train the heads alone, without Eq. 1 and 2"""

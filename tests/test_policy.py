@@ -1,4 +1,4 @@
-"""The Beta policy against scipy, and against what section 'policy' of the README promises."""
+"""The Beta policy against scipy, and against what docs/deviations.md says of its start."""
 
 import numpy as np
 import pytest
