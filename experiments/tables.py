@@ -225,7 +225,7 @@ def overall(title, rows):
     """What every arm gains of PSNR, SSIM and reward, as far as they are there, with intervals, and
     of PSNR and reward on the hard images and the other ones."""
     keys = [key for key in ("psnr", "ssim", "reward") if key in rows]
-    parts = {"hard 30 %": 1, "the rest": 0} if "hard" in rows else {}
+    parts = {"hard 30 %": 1, "the rest": 0} if "hard" in rows and rows["hard"].any() else {}
     head = [f"{title}: gain", "seeds", *(UNITS[key] for key in keys)]
     head += [name for part in parts for name in (f"{part}: dB", "1e-4")]
     lines = []

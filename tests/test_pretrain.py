@@ -13,9 +13,10 @@ import torch
 from conftest import fails, logged, samples_of, small_adair, without_times, write
 
 import data
+from diffusion import Chain
 from experiments import pretrain
 from metrics import psnr
-from model import Encoding, load_adair, read_checkpoint
+from model import Encoding, load_adair, load_restorer, read_checkpoint
 
 # ------------------------------------------------------------------------------------------- crops
 
@@ -221,6 +222,42 @@ def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_
     assert "began with other seed" in fails(capsys, pretrain.main, [*flags, "--seed", 5])
     torch.save({"step": 1}, tmp_path / "p/last.pt")
     assert "holds another model" in fails(capsys, pretrain.main, flags)
+
+
+def test_a_chain_learns_from_the_marginals_of_its_steps():
+    """x_t − its mean has the deviation κ √η_t, one time in four less; at t = T it is drawn around y,
+    where the chain starts. A network that returns y is off by the degradation."""
+    net, n = Chain(width=8), 400
+    gt, degraded = torch.rand(n, 3, 8, 8), torch.rand(n, 3, 8, 8)
+    batch = data.Batch(degraded, gt, ["derain"] * n, [""] * n, range(n))
+    seen = []
+    net.predict = lambda x, y, t: seen.append((x, t)) or y
+    rngs = [np.random.default_rng((0, i)) for i in range(n)]
+    loss = pretrain.chain_loss(net, batch, None, rngs)
+    off = 2 * (degraded - gt)
+    assert loss.item() == pytest.approx(off.square().mean(dim=(1, 2, 3)).sqrt().mean().item())
+    (x, t), x0, y = seen[0], 2 * gt - 1, 2 * degraded - 1
+    assert sorted(set(t.tolist())) == [1, 2, 3, 4]
+    for step in (1, 2, 3, 4):
+        of_step = t == step
+        eta = net.eta[step] if step < 4 else 1.0
+        left = (x - x0 - eta * (y - x0))[of_step].flatten(1).std(dim=1)
+        left = left / (net.kappa * math.sqrt(net.eta[step]))
+        full = (left - 1).abs() < 0.2
+        assert 0.6 < full.float().mean() < 0.95 and left.max() < 1.3 and left.min() < 0.5
+
+
+def test_a_chain_is_pretrained_and_goes_on(pretraining, tmp_path, init, capsys):
+    flags = pretraining("chain", "--model", "chain", "--batch-size", 1, "--steps", 2)
+    pretrain.main(flags)
+    net = load_restorer(tmp_path / "chain/model.pt")
+    assert isinstance(net, Chain) and len(logged(tmp_path / "chain")) == 2
+    pretrain.main(flags)
+    assert "goes on at step 2" in capsys.readouterr().out
+    flags = pretraining("other", "--model", "chain", "--init", init)
+    assert "holds no chain" in fails(capsys, pretrain.main, flags)
+    flags = pretraining("other", "--model", "chain", "--dim", 8)
+    assert "--dim is of AdaIR" in fails(capsys, pretrain.main, flags)
 
 
 def test_a_list_says_what_is_set_aside(tmp_path):
