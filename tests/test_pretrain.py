@@ -225,8 +225,8 @@ def test_pretraining_goes_on_with_the_same_settings_only(pretraining, init, tmp_
 
 
 def test_a_chain_learns_from_the_marginals_of_its_steps():
-    """x_t − its mean has the deviation κ √η_t, one time in four less; at t = T it is drawn around y,
-    where the chain starts. A network that returns y is off by the degradation."""
+    """x_t − its mean has the deviation κ √η_t, one time in four less; at t = T it is drawn around
+    y, where the chain starts. A network that returns y is off by the degradation."""
     net, n = Chain(width=8), 400
     gt, degraded = torch.rand(n, 3, 8, 8), torch.rand(n, 3, 8, 8)
     batch = data.Batch(degraded, gt, ["derain"] * n, [""] * n, range(n))
