@@ -51,7 +51,7 @@ class Samples:
     repeats its task (rain 120 times); the paper states no repeats"""
     scores: tuple[AbsolutePath, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
-    files"""
+    files, and from the report.json beside it what was measured before training"""
     draws: Annotated[int, Field(ge=1, le=1000)] = 3
     """draws of every degradation per photo; AdaIR's folders stay as they are"""
     crop: MultipleOf8 = 128

@@ -144,7 +144,8 @@ class Chain(nn.Module):
 
 class Sampled(nn.Module):
     """A chain as a restorer that draws: with noise of this temperature (1: what it was trained
-    with, 0: none), from a seed, the same for every call."""
+    with, 0: none), from a seed, the same for every image, and for every tile of one (where tiles
+    overlap, the mean of two draws is less noisy)."""
 
     def __init__(self, chain, temperature=1.0, seed=0):
         super().__init__()

@@ -342,7 +342,6 @@ def check(config):
     policy, usual = config.policy, PRESETS[config.preset].policy
     if len(policy.block) != len(policy.sigma):
         raise runs.RunError("--sigma takes one value for each --block")
-    check_blocks(policy.block, policy.advantage_patch, config.samples.crop)
     if policy.advantage_scale == "batch":
         refuse_idle(policy, usual, ["advantage_eps"], "--advantage-scale batch")
     if config.objective == "lrpo":
@@ -360,11 +359,16 @@ def check(config):
 def load(config, reward):
     """The restorer that --init names, whatever the reward. Raises RunError for crops that it cannot
     take, and for flags that do nothing for it."""
-    restorer, crop = load_restorer(config.init), config.samples.crop
-    if isinstance(restorer, Chain):
+    restorer, policy = load_restorer(config.init), config.policy
+    is_chain = isinstance(restorer, Chain)
+    if config.preset == "chain" and not is_chain:
+        raise runs.RunError(f"--policy chain needs a diffusion chain, {config.init} holds none")
+    if is_chain:
         usual = PRESETS[config.preset].policy
-        refuse_idle(config.policy, usual, ["block", "sigma"], "a diffusion chain")
-    check_crop(restorer, crop)
+        refuse_idle(policy, usual, ["block", "sigma"], "a diffusion chain")
+    blocks = (1,) if is_chain else policy.block
+    check_blocks(blocks, policy.advantage_patch, config.samples.crop)
+    check_crop(restorer, config.samples.crop)
     return restorer.to(config.device, memory_format=torch.channels_last)
 
 

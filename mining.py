@@ -48,7 +48,7 @@ def known_scores(paths, digest):
             known |= {(row["task"], row["name"]): row for row in scored}
         except (KeyError, TypeError):
             raise RunError(f"{path} is not the hard.json of a run") from None
-        say(f"{path}: {len(rows)} scores of this model")
+        say(f"{path}: {len(scored)} scores of this model")
     return known
 
 

@@ -178,9 +178,10 @@ def r_piqe(y, mean=image_mean):
     """
     try:
         from pypiqe import piqe
-    except ImportError:
+    except ImportError as error:  # it brings OpenCV, which has needs of its own
         raise RewardError(
-            "the reward piqe needs the package pypiqe: pip install pypiqe, or leave it out"
+            f"the reward piqe needs the package pypiqe ({error}): pip install pypiqe, or leave it "
+            "out; where libGL is missing, opencv-python-headless in the place of opencv-python"
         ) from None
     bgr = (255 * y.flip(1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     scores, *masks = zip(*(piqe(np.ascontiguousarray(image)) for image in bgr))
@@ -195,15 +196,18 @@ def r_piqe(y, mean=image_mean):
 
 def piqe_variance(y):
     """Variance of every block of 16 px, its pixels normalised by their neighbourhood as in PIQE, at
-    every pixel: (B, H, W); H and W are multiples of 16."""
-    gray = (255 * luma(y)).round()
+    every pixel: (B, H, W). Blocks at the right and below are filled up by mirroring."""
+    (height, width), gray = y.shape[-2:], (255 * luma(y)).round()
+    gray = torch.cat((gray, gray.flip(1)[:, : -height % 16]), dim=1)
+    gray = torch.cat((gray, gray.flip(2)[:, :, : -width % 16]), dim=2)
     gray = (255 * gray / gray.amax(dim=(1, 2), keepdim=True).clamp(min=1)).round()
     around = F.pad(torch.stack((gray, gray**2), dim=1), (6, 6, 6, 6), mode="replicate")
     mean, square = gaussian_blur(around, 7, 7 / 6)[..., 6:-6, 6:-6].unbind(dim=1)
     normal = (gray - mean) / ((square - mean**2).abs().sqrt() + 1)
     blocks = normal.unflatten(1, (-1, 16)).unflatten(3, (-1, 16))  # (B, h, 16, w, 16)
     variance = blocks.var(dim=(2, 4))
-    return variance.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
+    everywhere = variance.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
+    return everywhere[:, :height, :width]
 
 
 def r_qwen(score):
@@ -670,7 +674,10 @@ class Reward:
             if not (term.plug and self.weights.get(name)):
                 continue
             if not term.value(scene).requires_grad and has_gradient:
-                raise RewardError(f"the reward {term.plug} has no gradient, which is needed here")
+                raise RewardError(
+                    f"the reward {name} ({term.plug}) has no gradient, which is needed here: leave "
+                    "it out of --rewards"
+                )
 
     @torch.no_grad()
     def of_image(self, restored, gt, task):

@@ -2,6 +2,7 @@
 validations, the report of before against after, and the controls that take a part of it away."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -24,6 +25,7 @@ from data import (
     in_draws,
     is_adair_layout,
     list_training,
+    load_pair,
     middle,
     names_digest,
     split_usable,
@@ -109,9 +111,9 @@ def whole_run(config, folder, stop, judge, load, method, rollouts):
         run.save("last.pt")
         if len(set(runs.gather(model_digest(state.live)))) > 1:
             runs.say("note: the processes' weights are not equal to the bit; the first's are kept")
-        if rollouts and not reward.is_judge_alone and runs.rank() == 0:
-            show_rollouts(config, run, reward, val, rollouts)
         write_report(config, run, pretrained, reward, held_out)
+        if rollouts and runs.rank() == 0:
+            show_rollouts(config, run, reward, val, rollouts)
 
 
 def store_config(config, folder):
@@ -410,19 +412,57 @@ def add_samples(rows, run, reward, chain, held_out):
         row |= dict(psnr_sample=of_sample["psnr"], reward_sample=of_sample["reward"])
 
 
+def measure_all(run, reward, model, restoring, held_out, desc="before"):
+    """`measure`, and of a chain what its samples are worth, too."""
+    rows = measure(run, reward, restoring, held_out, desc)
+    if isinstance(model, Chain):
+        add_samples(rows, run, reward, model, held_out)
+    return rows
+
+
+def start_digest(config, pretrained, reward, held_out):
+    """What the measurements of the start depend on: the model, the reward, the images."""
+    images = [(s.task, s.name, s.box, mining.stamp_of(s)) for s in held_out]
+    told = repr((model_digest(pretrained), reward.weights, config.plugs, images))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def known_before(scores, start):
+    """The measurements of the start of a run whose hard.json is among --scores, if they are of the
+    same model, reward and images; or nothing."""
+    for path in scores:
+        found = Path(path).with_name("report.json")
+        stored = runs.load_json(found) if found.exists() else {}
+        if stored.get("start") == start:
+            runs.say(f"before: taken over from {found}")
+            return stored["before"]
+    return []
+
+
 @torch.no_grad()
 def show_rollouts(config, run, reward, val, rollouts):
-    """Draws rollouts.png: four rollouts of a validation image, a hazy one if there is one, by the
-    policy as it is at the end."""
-    sample = next((s for s in val if s.task == "dehaze"), val[0])
-    pair = evaluation_pair(middle(sample, max(config.samples.crop, 128)))
+    """Draws rollouts.png: four rollouts of a training crop's size from a validation image, a hazy
+    one if there is one, by the policy as it is at the end; their rewards are without a judge's
+    part. Nothing where no validation image is as large as a crop."""
+    side = config.samples.crop
+    found = [
+        (s, *load_pair(middle(s, side))) for s in sorted(val, key=lambda s: s.task != "dehaze")
+    ]
+    sample, *pair = next((f for f in found if min(f[1].shape[1:]) == side), (None,))
+    if not sample:
+        return
     degraded, gt = (image[None].to(config.device) for image in pair)
     generators = generators_of(config, [0])
     restored, actions = rollouts(config, run.state, degraded, generators)
-    scores, _ = reward(restored[None], degraded, gt, [sample.task])
-    found = grpo.group_advantages(scores, 1e-12)[0]
+    tasks = [sample.task] * len(restored)
+    scores = reward.differentiable(restored, gt.expand_as(restored), tasks)
     report.plot_rollouts(
-        run.folder / "rollouts.png", degraded[0], restored.cpu(), actions.cpu(), scores[0], found
+        run.folder / "rollouts.png",
+        degraded[0],
+        restored.cpu(),
+        actions.cpu(),
+        scores=scores.cpu(),
+        advantages=grpo.group_advantages(scores[None], 1e-12)[0].cpu(),
     )
 
 
@@ -430,11 +470,12 @@ def write_report(config, run, pretrained, reward, held_out):
     """The last step against the start, on images that nobody looked at before: report.md,
     report.json, curves.png, samples.png."""
     state, folder = run.state, run.folder
-    before = measure(run, reward, partial(restore, pretrained), held_out, "before")
-    after = measure(run, reward, state.restore, held_out, "after")
-    if isinstance(pretrained, Chain):
-        add_samples(before, run, reward, pretrained, held_out)
-        add_samples(after, run, reward, state.averaged.module["model"], held_out)
+    start = start_digest(config, pretrained, reward, held_out)
+    before = known_before(config.samples.scores, start)
+    if not before:
+        before = measure_all(run, reward, pretrained, partial(restore, pretrained), held_out)
+    trained = state.averaged.module["model"]
+    after = measure_all(run, reward, trained, state.restore, held_out, "after")
     if runs.rank():
         return
     gains = [new["psnr"] - old["psnr"] for old, new in zip(before, after)]
@@ -471,24 +512,25 @@ def write_report(config, run, pretrained, reward, held_out):
         notes.append(
             f"The reward is {part}. The judge left {failures:.0f} rollouts without a score."
         )
+    side = config.samples.measure_crop
+    measured = f"{f'the middle {side} px, ' if side else ''}deterministic output"
     text = f"""# {config.objective}: before and after, {len(before)} held-out images
 
 {table}
 
 Seed {config.seed}, torch {torch.__version__}, {config.device}. PSNR and SSIM by AdaIR's protocol,
-deterministic output of the last step. Hard are the 30 % of each task with the lowest PSNR before.
+{measured} of the last step. Hard are the 30 % of each task with the lowest PSNR before.
 {" ".join(notes)}
 Command: `{config.command}`
 
 ![curves](curves.png)
 ![samples](samples.png)
-{"![rollouts](rollouts.png)" if (folder / "rollouts.png").exists() else ""}
 
 The last row of the samples is the image of lowest gain, the others are of median gain. Shown is
-the crop of 96 px that changed most; the numbers are those of the whole image.
+the crop of 96 px at most that changed most; the numbers are of all that is measured of an image.
 """
     runs.write_atomic(folder / "report.md", text.encode())
-    stored = dict(before=before, after=after, hard=hard, validation=state.history)
+    stored = dict(start=start, before=before, after=after, hard=hard, validation=state.history)
     runs.save_json(folder / "report.json", stored)
-    files = "report.md, curves.png, samples.png, rollouts.png, last.pt, metrics.jsonl"
+    files = "report.md, curves.png, samples.png, last.pt, metrics.jsonl"
     runs.say(f"\n{table}\n\neverything of this run lies in {folder}: {files}")

@@ -1,10 +1,11 @@
 """Measures what runs of lrpo.py made of a diffusion chain, by its noise-free output and by samples.
 
-    python -m experiments.run --arms chain --seeds 0 1 2 --jobs 2 --out runs/chain
-    python -m experiments.chain runs/chain [--measure-on data/test/denoise/bsd68]
+    python -m experiments.run --arms chains --seeds 0 1 2 --jobs 2 --out runs/chain
+    python -m experiments.chain runs/chain [--on data/test/denoise/bsd68]
     python -m experiments.chain results/chain         # the rows of chain.csv there alone
 
-Leaves chain.csv beside the arms: a row for every run, output and image. Outputs: without noise;
+Leaves chain.csv beside the arms: a row for every run, output and image (of other photographs
+chain-validation.csv, chain-photographs.csv). Outputs: without noise;
 samples at temperature 1 and 0.5; without noise, the last step being that of the start, which RL
 does not train. The reward is lrpo.py's for chains; PSNR and BRISQUE (Mittal et al. 2012, by the
 package brisque) are not in it. BRISQUE is shown as 1 − BRISQUE/100, so that more is better.
@@ -13,21 +14,24 @@ package brisque) are not in it. BRISQUE is shown as 1 − BRISQUE/100, so that m
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
 import tyro
+from pydantic import Field
 from tqdm import tqdm
 
 import lrpo
 import report
 import runs
 from data import DataError, find_photos, list_training, middle
-from diffusion import Sampled
+from diffusion import Chain, Sampled
+from experiments.run import CHAIN, CHAIN_WITHOUT
 from experiments.tables import interval, write_csv
 from metrics import evaluation_pair, psnr
-from model import CheckpointError, load_restorer, restore
+from model import CheckpointError, load_restorer, model_digest, restore
 from rewards import Reward, RewardError, Scene, effective_weights, parse_terms, weighted_sum
 
 MEASURES = ["reward", "piqe", "ssim", "lowpass", "brisque", "psnr"]
@@ -39,13 +43,10 @@ class Config:
 
     folder: tyro.conf.Positional[Path]
     """of ARM/SEED, or of a chain.csv"""
-    measure_on: Path | None = None
-    """folder of photographs to measure on; without it, the demo's held-out ones"""
-    validation: bool = False
-    """the demo's validation photographs instead, on which settings are chosen"""
-    every: runs.Positive = 1
-    """take every so-manieth photograph of --measure-on"""
-    side: runs.MultipleOf8 = 192
+    on: str = "held-out"
+    """what to measure on: the demo's held-out photographs, its validation ones, on which settings
+    are chosen, or a folder of photographs"""
+    side: Annotated[int, Field(ge=16, multiple_of=8)] = 192
     """px a side of the middle of a photograph that is measured"""
 
 
@@ -76,9 +77,9 @@ def brisque_of():
     """A function from images (3, H, W) to 1 − BRISQUE/100. Raises RunError without the package."""
     try:
         from brisque import BRISQUE
-    except ImportError:
-        said = "experiments.chain needs the package brisque"
-        raise runs.RunError(f"{said}: pip install brisque opencv-python-headless") from None
+    except ImportError as error:
+        said = f"experiments.chain needs the packages pypiqe and brisque ({error})"
+        raise runs.RunError(f"{said}: pip install pypiqe brisque") from None
 
     class Brisque(BRISQUE):
         def scale_features(self, features):  # NumPy 2.4 makes no number of an array of one
@@ -111,15 +112,13 @@ def measure(outputs, samples, reward, brisque):
 
 def samples_of(config):
     """What to measure on. Raises DataError."""
-    if not config.measure_on:
-        demo = list_training(None)
-        found = demo.val if config.validation else demo.held_out
-        return [middle(s, config.side) for s in found]
-    samples, problems = find_photos(config.measure_on)
-    if problems or not samples:
-        raise DataError(problems[0] if problems else f"{config.measure_on} holds no photograph")
-    names = sorted({s.name for s in samples})[:: config.every]
-    return [middle(s, config.side) for s in samples if s.name in names]
+    demo = list_training(None)
+    samples = {"held-out": demo.held_out, "validation": demo.val}.get(config.on)
+    if not samples:
+        samples, problems = find_photos(config.on)
+        if problems or not samples:
+            raise DataError(problems[0] if problems else f"{config.on} holds no photograph")
+    return [middle(s, config.side) for s in samples]
 
 
 def collect(config, paths):
@@ -130,8 +129,12 @@ def collect(config, paths):
         init = runs.load_json(path / "config.json")["init"]
         if init not in starts:
             start = load_restorer(init)
+            if not isinstance(start, Chain):
+                raise runs.RunError(f"{path} is no run of a diffusion chain")
             starts[init] = start, measure(outputs_of(start, start), samples, reward, brisque)
         start, before = starts[init]
+        if runs.load_json(path / "hard.json")["model"] != model_digest(start):
+            raise runs.RunError(f"{path} began from another model than {init} is today")
         after = measure(
             outputs_of(load_restorer(path / "last.pt"), start), samples, reward, brisque
         )
@@ -162,14 +165,14 @@ def table(rows):
     return report.markdown(head, lines)
 
 
-PAIRS = [("chain", "chain-shuffled"), ("chain", "chain-sft-time"), ("chain", "chain-reward-time")]
+PAIRS = [("chain", arm) for arm in CHAIN | CHAIN_WITHOUT if arm != "chain"]
 
 
 def minus(rows, arm, control):
     """How much more one arm gains than another, of the seeds and images that both have."""
     key = ["seed", "task", "image", "photo"]
     one, other = (rows[rows["arm"] == name].set_index(key)[MEASURES] for name in (arm, control))
-    return (one - other).dropna().reset_index()
+    return (one - other).dropna(how="all").reset_index()
 
 
 def cells(rows):
@@ -177,7 +180,8 @@ def cells(rows):
     over, words = ("seed", "photo") if rows["seed"].nunique() > 1 else ("photo",), []
     for key in MEASURES:
         scale, digits = (1, 3) if key == "psnr" else (1e4, 0)
-        mean, low, high = (f"{scale * v:+.{digits}f}" for v in interval(rows, key, over))
+        known = rows.dropna(subset=key)  # BRISQUE of a flat image is none
+        mean, low, high = (f"{scale * v:+.{digits}f}" for v in interval(known, key, over))
         words.append(mean if "nan" in low else f"{mean} [{low}, {high}]")
     return words
 
@@ -187,11 +191,12 @@ def run_program(argv):
     config = runs.flags(Config, "experiments.chain", __doc__, argv)
     runs.check_device("cpu")
     paths = sorted(path.parent for path in config.folder.glob("*/*/report.json"))
-    file = config.folder / "chain.csv"
+    part = config.on if config.on in ("held-out", "validation") else "photographs"
+    file = config.folder / ("chain.csv" if part == "held-out" else f"chain-{part}.csv")
     if paths:
         write_csv(file, collect(config, paths))
     if not file.exists():
-        raise runs.RunError(f"{config.folder} holds no ARM/SEED/report.json and no chain.csv")
+        raise runs.RunError(f"{config.folder} holds no ARM/SEED/report.json and no {file.name}")
     rows = pd.read_csv(file, dtype=dict(seed=str))
     print(table(rows.assign(photo=rows["image"].str.replace(r"#\d+$", "", regex=True))))
 

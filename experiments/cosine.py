@@ -47,7 +47,7 @@ class Config:
     weights_dir: str | None = None
     """where clip, lpips and aes find their weights; without it, torch's cache"""
     block: tuple[runs.Positive, ...] = (1, 2, 8)
-    """px a side of the blocks that are drawn; they divide --crop"""
+    """px a side of the blocks that are drawn; they divide --crop; of a chain they do nothing"""
     sigma: runs.AboveZero = 0.01
     """deviation of what is drawn, in [0, 1]; of a chain it is its own"""
     group_size: Annotated[int, Field(ge=2)] = 32
@@ -56,7 +56,7 @@ class Config:
     """px a side of patches that have an advantage each, a multiple of every --block; 0: one
     advantage an image"""
     walks: runs.Positive = 64
-    """of a chain: how many the gradient of its expected reward is the mean of"""
+    """of a chain: half as many as the gradient of its expected reward is the mean of"""
     images: runs.Positive = 2
     """crops of each task"""
     crop: runs.MultipleOf8 = 128
@@ -81,20 +81,23 @@ def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch)
     _, _, credit = reward.in_patches(
         restored, batch.degraded, batch.gt, batch.tasks, judge=None, patch=patch
     )
-    advantages = grpo.batch_advantages(credit.movedim(1, -1)).movedim(-1, 1)
-    return gradient((advantages[:, :, None] * policy.log_prob(net, path, patch)).mean(), net)
+    advantages = grpo.batch_advantages(credit.movedim(1, -1)).movedim(-1, 1)[:, :, None]
+    advantages = (advantages * policy.noise_level(path)).clamp(-5, 5)
+    return gradient((advantages * policy.log_prob(net, path, patch)).mean(), net)
 
 
-def expected_gradient(net, reward, batch, generators, walks):
+def expected_gradient(net, reward, batch, generator, walks):
     """The gradient of a batch of one crop that RL estimates: of the reward itself, or of a chain's
     expected reward, by the path of its walks."""
     if not isinstance(net, Chain):
         return gradient(reward.differentiable(net(batch.degraded), batch.gt, batch.tasks)[0], net)
-    y, generator = 2 * batch.degraded - 1, generators[0]
+    y = 2 * batch.degraded - 1
     last = copy.deepcopy(net).requires_grad_(False)  # the step that RL does not train
     total = 0
     for _ in range(walks):
-        *_, (t, x, _) = net.walk(y, lambda: torch.randn(y.shape, generator=generator).to(y))
+        *_, (t, x, _) = net.walk(
+            y, lambda: torch.randn(y.shape, generator=generator, device=y.device)
+        )
         restored = (last.predict(x, y, torch.full((1,), t, device=y.device)) + 1) / 2
         total = total + gradient(reward.differentiable(restored, batch.gt, batch.tasks)[0], net)
     return total / walks
@@ -132,13 +135,16 @@ def run_program(argv):
     ways = [(turn, patch) for turn in range(len(blocks)) for patch in config.advantage_patch]
     rows, total = {}, 0
     for task, numbers in tqdm(crops.of_each_task(config.images).items(), desc="tasks"):
-        rows[task] = torch.zeros(len(ways))
+        rows[task] = torch.zeros(len(ways) + 1)
         for n in numbers:
             batch = crops.collate([crops[n]])
             degraded, gt = (t.to(config.device) for t in (batch.degraded, batch.gt))
             batch = batch._replace(degraded=degraded, gt=gt)
-            generators = study.generators_of(config, batch.numbers)
-            found = [expected_gradient(net, reward, batch, generators, config.walks)]
+            # twice, by other walks than the rollouts': how well it is known is the last column
+            generator = torch.Generator(config.device).manual_seed(n)
+            found = [
+                expected_gradient(net, reward, batch, generator, config.walks) for _ in range(2)
+            ]
             for turn, patch in ways:
                 found += [
                     rl_gradient(
@@ -152,11 +158,17 @@ def run_program(argv):
                         patch=patch,
                     )
                 ]
-            rows[task] += torch.tensor([cosine(found[0], g) for g in found[1:]]) / len(numbers)
+            known = found[0] + found[1]
+            cosines = [cosine(known, g) for g in found[2:]] + [cosine(found[0], found[1])]
+            rows[task] += torch.tensor(cosines) / len(numbers)
+            found = [known, *found[2:]]
             total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
-    lines = [[task, *(f"{v:.2f}" for v in values)] for task, values in rows.items()]
-    lines.append(["all images together", *(f"{cosine(total[0], g):.2f}" for g in total[1:])])
+    shown = len(ways) + isinstance(net, Chain)  # of a single step the true one is known exactly
+    lines = [[task, *(f"{v:.2f}" for v in values[:shown])] for task, values in rows.items()]
+    together = [f"{cosine(total[0], g):.2f}" for g in total[1:]]
+    lines.append(["all images together", *together, *[""] * (shown - len(ways))])
     names = [f"patch {p}" if blocks[turn] is None else f"b {blocks[turn]}, {p}" for turn, p in ways]
+    names += ["of half the walks to the other"] * (shown - len(ways))
     print(f"cosine of RL's gradient to the true one, one image at a time; G = {config.group_size}")
     print(f"{'' if blocks[0] is None else 'b: px of a block; '}then px of a patch, 0: the image\n")
     print(report.markdown(["", *names], lines))

@@ -11,10 +11,11 @@ OF_HEADS = ("rl", "judged")  # what their names begin with: arms that train the 
 
 
 def colours(arms):
-    """A colour for every arm, the same in all figures."""
-    palette, known = report.pyplot().get_cmap("tab20").colors, [*ARMS]
+    """A colour for every arm of run.ARMS, the same in all figures; others by their place."""
+    maps = (report.pyplot().get_cmap(name).colors for name in ("tab20", "tab20b", "tab20c"))
+    palette, known = [colour for colours in maps for colour in colours], [*ARMS]
     places = [known.index(arm) if arm in known else i for i, arm in enumerate(arms)]
-    return [palette[place % 20] for place in places]
+    return [palette[place % len(palette)] for place in places]
 
 
 def save(figure, path):

@@ -1,11 +1,11 @@
 """Supervised pre-training of AdaIR, which the demo model came from: L1 on crops whose degradation,
 strength, exposure and colour vary; Muon for the matrices, Adam for the rest; warm-up, a constant
 rate, and a decay at the end, so that the length need not be known at the start; the result,
-model.pt, is an average of the weights. The same of a diffusion chain, by the squared error of what
-it predicts at a random step.
+model.pt, is an average of the weights. The same of a diffusion chain, by the error of what it
+predicts at a random step.
 
     python -m experiments.pretrain --data-root data --out runs/pretrain
-    python -m experiments.pretrain --data-root data --out runs/chain --model chain
+    python -m experiments.pretrain --data-root data --out runs/pretrain-chain --model chain
 
 Killed, the same command goes on where it stopped (bit for bit on the same machine).
 """
@@ -303,7 +303,7 @@ def adair_loss(net, batch, config, rngs):
 def chain_loss(net, batch, config, rngs):
     """The root of the squared error of every image's x̂_0, at a random step, x_t ~ q(x_t | x_0, y),
     which at t = T is where the chain starts. One time in four with less noise, as the chain without
-    noise has it. Without the root, haze and darkness have a hundred times the weight of noise."""
+    noise has it. Without the root, haze and darkness, whose errors are large, outweigh noise."""
     x0, y = 2 * batch.gt - 1, 2 * batch.degraded - 1
     t = torch.tensor([rng.integers(1, net.steps + 1) for rng in rngs], device=y.device)
     mean, deviation = net.marginal(x0, y, t)
@@ -312,7 +312,7 @@ def chain_loss(net, batch, config, rngs):
     draws = [draw * np.float32(min(1, 4 * rng.random())) for draw, rng in zip(draws, rngs)]
     noise = torch.from_numpy(np.stack(draws)).to(y)
     off = net.predict(mean + deviation * noise, y, t) - x0
-    return off.square().mean(dim=(1, 2, 3)).sqrt().mean()
+    return (off.square().mean(dim=(1, 2, 3)) + 1e-8).sqrt().mean()
 
 
 def drop_skips(encoding, chance, rngs):

@@ -355,8 +355,9 @@ def run_program(argv):
         arms = gains.groupby("arm", sort=False)
         intervals = {k: {arm: interval(of, k) for arm, of in arms} for k in ("psnr", "reward")}
         figures.gains(folder / "gains.png", intervals)
-        if pairs := [pair for pair in PAIRS if {*pair} <= {*gains["arm"]}]:
-            figures.gains(folder / "differences.png", differences(gains, pairs))
+        pairs = [pair for pair in PAIRS if {*pair} <= {*gains["arm"]}]
+        if (found := differences(gains, pairs))["psnr"]:
+            figures.gains(folder / "differences.png", found)
     wide = f"{photographs['photo'].nunique() if len(photographs) else 0} other photographs"
     if len(photographs):
         print(per_task(photographs, "psnr"), end="\n\n")

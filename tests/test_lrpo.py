@@ -13,6 +13,7 @@ import eval as evaluation
 import grpo
 import lrpo
 from config import parse_over
+from diffusion import Chain
 from experiments import cosine, nafnet, run
 from model import CheckpointError, load_restorer, read_checkpoint, restore
 
@@ -174,9 +175,15 @@ def test_a_run_trains_a_foreign_restorer_and_eval_reads_it(tiny, foreign, tmp_pa
     assert evaluation.main([*flags, "--out", str(tmp_path / "o"), "--device", "cpu"]) is None
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["one step", "chain"])
+def test_a_resumed_run_is_the_same_to_the_bit(tiny, tmp_path, kind):
+    flags = ["--save-every", 3, "--keep-every", 3, "--kl-beta", 0.1]
+    if kind == "chain":
+        net = Chain(width=8)
+        torch.save({"model": net.state_dict(), "config": net.config}, tmp_path / "chain.pt")
+        flags += ["--init", tmp_path / "chain.pt", "--group-size", 3, "--likelihood", 0.1]
     for name in ("whole", "parts"):
-        lrpo.main(tiny(name, "--save-every", 3, "--keep-every", 3, "--kl-beta", 0.1))
+        lrpo.main(tiny(name, *flags))
     step_3 = (tmp_path / "parts/step-000003.pt").read_bytes()  # after an odd one: b = 2 is next
     (tmp_path / "parts/last.pt").write_bytes(step_3)
     lrpo.main(["--resume", str(tmp_path / "parts")])
@@ -258,10 +265,15 @@ def test_impossible_flags_are_one_sentence(small, capsys, flags, words):
     assert words in fails(capsys, lrpo.main, small("run", *flags))
 
 
-@pytest.mark.parametrize("arm", [*run.LRPO, *run.LRPO_JUDGED])
+def test_a_policy_of_chains_needs_one(small, capsys):
+    said = fails(capsys, lrpo.main, small("run", "--policy", "chain", "--rewards", "psnr"))
+    assert "--policy chain needs a diffusion chain" in said
+
+
+@pytest.mark.parametrize("arm", [*run.LRPO, *run.LRPO_JUDGED, *run.CHAIN, *run.CHAIN_WITHOUT])
 def test_the_arms_are_commands(arm):
     flags = ["--hard-ratio", "0.3", "--device", "cpu", *shlex.split(run.ARMS[arm])]
-    lrpo.check(parse_over("lrpo.py", "", dict(demo=lrpo.Config()), flags))
+    lrpo.check(parse_over("lrpo.py", "", lrpo.PRESETS, flags))
 
 
 def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp_path, capsys):
@@ -282,6 +294,24 @@ def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp
     )
     words = fails(capsys, cosine.main, [*flags, "--rewards", f"{tmp_path}/mine.py:bright=1"])
     assert "has no gradient" in words
+
+
+def test_the_cosine_program_follows_a_chains_walks(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = Chain(width=8)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save({"model": net.state_dict(), "config": net.config}, tmp_path / "chain.pt")
+    write(tmp_path / "photos/a.png", width=64, height=48)
+    for name in "bcd":
+        write(tmp_path / f"photos/{name}.png", width=64, height=48)
+    flags = ["--init", tmp_path / "chain.pt", "--data-root", tmp_path / "photos"]
+    flags += "--device cpu --images 1 --crop 16 --tasks derain --group-size 400".split()
+    flags += "--walks 64 --rewards lowpass=1 --advantage-patch 0 8".split()
+    assert cosine.main([str(flag) for flag in flags]) is None
+    row = next(line for line in capsys.readouterr().out.splitlines() if "| derain" in line)
+    whole, patches, known = (float(cell) for cell in row.split("|")[2:5])
+    assert known > 0.9 and whole > 0.5 and patches > 0.5
 
 
 def test_a_nafnet_of_ours_is_a_file_that_lrpo_takes(tmp_path):

@@ -1,6 +1,7 @@
 """report.py: what is computed for tables and pictures, on rows whose answer is known."""
 
 import pytest
+import torch
 
 import report
 
@@ -20,6 +21,21 @@ def test_samples_show_the_median_of_every_task_and_the_lowest_gain_last():
     rows = [dict(task=task) for task in ("rain", "rain", "rain", "haze", "haze", "haze")]
     gains = [0.9, -0.1, 0.2, 0.0, -0.5, 0.3]
     assert report.typical_and_worst(rows, gains) == [2, 3, 4]
+
+
+def test_the_crop_that_changed_most_is_shown():
+    before = torch.rand(3, 100, 150)
+    after = before.clone()
+    after[:, 60:70, 100:110] += 0.5
+    rows, columns = report.most_changed(before, after, side=32)
+    assert rows.start <= 60 and rows.stop >= 70 and rows.stop - rows.start == 32
+    assert columns.start <= 100 and columns.stop >= 110
+    rows, columns = report.most_changed(before, after)  # all rows there are
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (96, 96)
+    assert report.most_changed(before[:, :20, :30], after[:, :20, :30]) == (
+        slice(0, 20),
+        slice(0, 30),
+    )
 
 
 def test_the_table_splits_hard_from_the_rest():

@@ -25,7 +25,7 @@ import runs
 import study
 import train
 from config import DEMO_MODEL, parse
-from data import TASKS, Crops, Sample, list_training, load_pair
+from data import TASKS, Crops, Sample, list_training, load_pair, middle
 from experiments import bench, pretrain
 from grpo import rollout
 from metrics import evaluate_image, psnr
@@ -35,7 +35,7 @@ from rewards import Reward, parse_terms
 
 RUN_FILES = (
     "config.json rewards.json hard.json metrics.jsonl last.pt best.pt "
-    "curves.png samples.png report.md report.json"
+    "curves.png samples.png rollouts.png report.md report.json"
 ).split()
 METRICS = (
     "reward reward_std frac_reward_zero_std kl entropy clip_ratio advantage_abs advantage_rms "
@@ -178,6 +178,36 @@ def test_workers_and_reused_scores_change_nothing(small, tmp_path):
     assert json.loads((tmp_path / "b/hard.json").read_text()) == edited
     a, b = (without_times(logged(tmp_path / name)) for name in "ab")
     assert a == b and len(a) == 2
+
+
+def test_what_was_measured_before_is_taken_over_from_a_run_of_the_same_start(
+    small, tmp_path, photos, capsys
+):
+    """Of the run whose hard.json is given; not for another reward, nor for images that changed."""
+    flags = ["--steps", 1, "--tasks", "derain", "--scores", tmp_path / "a/hard.json"]
+    train.main(small("a", *flags[:4]))
+    marked = json.loads((tmp_path / "a/report.json").read_text())
+    marked["before"][0]["psnr"] += 100
+    (tmp_path / "a/report.json").write_text(json.dumps(marked))
+    capsys.readouterr()
+    train.main(small("b", *flags))
+    assert f"before: taken over from {tmp_path / 'a/report.json'}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "b/report.json").read_text())["before"] == marked["before"]
+    train.main(small("c", *flags, "--rewards", "psnr"))
+    write(photos / "5.png", width=64, height=48, seed=9)
+    train.main(small("d", *flags))
+    assert "taken over from" not in capsys.readouterr().out
+
+
+def test_the_middle_is_measured_where_it_is_asked_for(small, tmp_path):
+    """Of images of 64×48 px the middle 32."""
+    train.main(small("run", "--steps", 0, "--epochs", 1, "--tasks", "derain", "--measure-crop", 32))
+    row = json.loads((tmp_path / "run/report.json").read_text())["after"][0]
+    sample = list_training(tmp_path / "photos", tasks=["derain"]).held_out[0]
+    degraded, gt = load_pair(sample._replace(box=(16, 8, 48, 40)))
+    assert degraded.shape == (3, 32, 32)
+    assert row["psnr_in"] == pytest.approx(psnr(degraded, gt).item())
+    assert middle(sample, 500).box == (0, 0, 64, 48)
 
 
 def test_epochs_win_over_the_presets_steps_and_fill_the_last_step(small, tmp_path):
