@@ -309,7 +309,7 @@ def chain():
         preset="chain",
         init=str(DEMO_CHAIN),
         samples=Samples(select="all", crop=64, measure_crop=192),
-        training=Training(steps=120, batch_size=4, lr=3e-5, eval_every=60),
+        training=Training(steps=80, batch_size=4, lr=3e-5, eval_every=40),
         policy=Policy(group_size=8, likelihood=0.001),
         scoring=Scoring(rewards="piqe=0.4,ssim=0.3,lowpass=0.3"),
     )

@@ -78,9 +78,9 @@ CHAIN = {  # python lrpo.py --policy chain; a step of it takes 1.54 s of one thr
     # of gradient ascent 0.25 s
     "chain": "--policy chain",
     "chain-shuffled": "--policy chain --shuffle-advantages",
-    "chain-sft-time": "--policy chain --objective sft --steps 800",
+    "chain-sft-time": "--policy chain --objective sft --steps 530",
     # of the reward what has a gradient
-    "chain-reward-time": "--policy chain --objective reward --rewards ssim=1,lowpass=1 --steps 740",
+    "chain-reward-time": "--policy chain --objective reward --rewards ssim=1,lowpass=1 --steps 490",
 }
 CHAIN_WITHOUT = {  # what breaks without it
     "chain-one-advantage": "--policy chain --advantage-patch 0",
@@ -88,6 +88,7 @@ CHAIN_WITHOUT = {  # what breaks without it
     "chain-no-levels": "--policy chain --no-noise-levels",
     "chain-no-likelihood": "--policy chain --likelihood 0",
     "chain-piqe-alone": "--policy chain --rewards piqe=1",
+    "chain-fast": "--policy chain --lr 1e-4",
 }
 GROUPS = {
     "main": MAIN,
