@@ -1,6 +1,6 @@
 """Repeats the experiments: every arm with every seed, into runs/results/ARM/SEED.
 
-    python -m experiments.run                          the arms of the README, seeds 0 to 4
+    python -m experiments.run                          IRPO, SFT, RL alone and its control
     python -m experiments.run --arms main data
     python -m experiments.run --arms irpo sft --seeds 0 1 --jobs 2
     python -m experiments.run --seeds 0 1 --flags='--lr 1e-4' --out runs/sweep/1e-4
