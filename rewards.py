@@ -674,9 +674,10 @@ class Reward:
             if not (term.plug and self.weights.get(name)):
                 continue
             if not term.value(scene).requires_grad and has_gradient:
+                named = term.plug if ".py:" in term.plug else name
                 raise RewardError(
-                    f"the reward {name} ({term.plug}) has no gradient, which is needed here: leave "
-                    "it out of --rewards"
+                    f"the reward {named} has no gradient, which is needed here: leave it out of "
+                    "--rewards"
                 )
 
     @torch.no_grad()
