@@ -445,9 +445,8 @@ def show_rollouts(config, run, reward, val, rollouts):
     one if there is one, by the policy as it is at the end; their rewards are without a judge's
     part. Nothing where no validation image is as large as a crop."""
     side = config.samples.crop
-    found = [
-        (s, *load_pair(middle(s, side))) for s in sorted(val, key=lambda s: s.task != "dehaze")
-    ]
+    hazy_first = sorted(val, key=lambda s: s.task != "dehaze")
+    found = ((s, *load_pair(middle(s, side))) for s in hazy_first)
     sample, *pair = next((f for f in found if min(f[1].shape[1:]) == side), (None,))
     if not sample:
         return

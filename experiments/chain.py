@@ -26,10 +26,11 @@ from tqdm import tqdm
 import lrpo
 import report
 import runs
-from data import DataError, find_photos, list_training, middle
+from data import DataError, list_training, middle
 from diffusion import Chain, Sampled
+from experiments.measure import photographs_in
 from experiments.run import CHAIN, CHAIN_WITHOUT
-from experiments.tables import interval, write_csv
+from experiments.tables import interval, of_both, write_csv
 from metrics import evaluation_pair, psnr
 from model import CheckpointError, load_restorer, model_digest, restore
 from rewards import Reward, RewardError, Scene, effective_weights, parse_terms, weighted_sum
@@ -114,11 +115,7 @@ def samples_of(config):
     """What to measure on. Raises DataError."""
     demo = list_training(None)
     samples = {"held-out": demo.held_out, "validation": demo.val}.get(config.on)
-    if not samples:
-        samples, problems = find_photos(config.on)
-        if problems or not samples:
-            raise DataError(problems[0] if problems else f"{config.on} holds no photograph")
-    return [middle(s, config.side) for s in samples]
+    return [middle(s, config.side) for s in samples or photographs_in(config.on)]
 
 
 def collect(config, paths):
@@ -159,20 +156,13 @@ def table(rows):
         lines.append([arm, name, of_arm["seed"].nunique(), *cells(of_arm)])
     for arm, control in PAIRS:
         for name, of_output in rows.groupby("output", sort=False):
-            both = minus(of_output, arm, control)
+            both = of_both(of_output, arm, control, MEASURES)
             if len(both):
                 lines.append([f"{arm} − {control}", name, both["seed"].nunique(), *cells(both)])
     return report.markdown(head, lines)
 
 
 PAIRS = [("chain", arm) for arm in CHAIN | CHAIN_WITHOUT if arm != "chain"]
-
-
-def minus(rows, arm, control):
-    """How much more one arm gains than another, of the seeds and images that both have."""
-    key = ["seed", "task", "image", "photo"]
-    one, other = (rows[rows["arm"] == name].set_index(key)[MEASURES] for name in (arm, control))
-    return (one - other).dropna(how="all").reset_index()
 
 
 def cells(rows):

@@ -140,11 +140,13 @@ def run_program(argv):
             batch = crops.collate([crops[n]])
             degraded, gt = (t.to(config.device) for t in (batch.degraded, batch.gt))
             batch = batch._replace(degraded=degraded, gt=gt)
-            # twice, by other walks than the rollouts': how well it is known is the last column
+            # by other walks than the rollouts'; of a chain twice, to see how well it is known
             generator = torch.Generator(config.device).manual_seed(n)
-            found = [
-                expected_gradient(net, reward, batch, generator, config.walks) for _ in range(2)
+            halves = [
+                expected_gradient(net, reward, batch, generator, config.walks)
+                for _ in range(2 if isinstance(net, Chain) else 1)
             ]
+            found = [sum(halves)]
             for turn, patch in ways:
                 found += [
                     rl_gradient(
@@ -158,10 +160,8 @@ def run_program(argv):
                         patch=patch,
                     )
                 ]
-            known = found[0] + found[1]
-            cosines = [cosine(known, g) for g in found[2:]] + [cosine(found[0], found[1])]
+            cosines = [cosine(found[0], g) for g in found[1:]] + [cosine(halves[0], halves[-1])]
             rows[task] += torch.tensor(cosines) / len(numbers)
-            found = [known, *found[2:]]
             total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
     shown = len(ways) + isinstance(net, Chain)  # of a single step the true one is known exactly
     lines = [[task, *(f"{v:.2f}" for v in values[:shown])] for task, values in rows.items()]

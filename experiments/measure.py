@@ -50,15 +50,20 @@ class Config:
     """folder of photographs to measure on"""
 
 
+def photographs_in(folder):
+    """The samples of a folder of photographs. Raises DataError unless all of them can be read."""
+    samples, problems = find_photos(folder)
+    if problems or not samples:
+        raise DataError(problems[0] if problems else f"{folder} holds no photograph")
+    return samples
+
+
 def parts_of(config):
     """What to measure: {key in report.json: samples}. Raises DataError."""
     if not config.measure_on:
         demo = list_training(None)
         return {"": demo.held_out, "val_": demo.val}
-    samples, problems = find_photos(config.measure_on)
-    if problems or not samples:
-        raise DataError(problems[0] if problems else f"{config.measure_on} holds no photograph")
-    return {"photographs_": [middle(s, 256) for s in samples]}
+    return {"photographs_": [middle(s, 256) for s in photographs_in(config.measure_on)]}
 
 
 def run_program(argv):

@@ -298,9 +298,9 @@ def differences(rows, pairs):
     return found
 
 
-def of_both(rows, one, other):
+def of_both(rows, one, other, keys=tuple(UNITS)):
     """How much more one arm gains than another, of the seeds and images that both have."""
-    keys = [key for key in UNITS if key in rows]
+    keys = [key for key in keys if key in rows]
     mine, theirs = (
         rows[rows["arm"] == arm].set_index(["seed", "task", "image"]) for arm in (one, other)
     )
