@@ -303,9 +303,11 @@ def adair_loss(net, batch, config, rngs):
 def chain_loss(net, batch, config, rngs):
     """The root of the squared error of every image's x̂_0, at a random step, x_t ~ q(x_t | x_0, y),
     which at t = T is where the chain starts. One time in four with less noise, as the chain without
-    noise has it. Without the root, haze and darkness, whose errors are large, outweigh noise."""
+    noise has it. Without the root, haze and darkness, whose errors are large, outweigh noise. Every
+    other crop is at t = T: later steps keep what the first one made of haze."""
     x0, y = 2 * batch.gt - 1, 2 * batch.degraded - 1
-    t = torch.tensor([rng.integers(1, net.steps + 1) for rng in rngs], device=y.device)
+    times = [[rng.integers(1, net.steps + 1), net.steps][rng.integers(2)] for rng in rngs]
+    t = torch.tensor(times, device=y.device)
     mean, deviation = net.marginal(x0, y, t)
     mean = torch.where((t == net.steps)[:, None, None, None], y, mean)
     draws = [rng.standard_normal(y.shape[1:], dtype=np.float32) for rng in rngs]
