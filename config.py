@@ -67,13 +67,13 @@ class Samples:
 class Training:
     """how long and how fast: Table 6"""
 
-    steps: Count = 120
+    steps: Count = 90
     """updates; 0: by --epochs"""
     epochs: Count = 0
     """passes over D_hard, Table 6: 30; who gives them means them, not --steps"""
     batch_size: Positive = 2
     """images per update and process, each with a group of its own, Table 6: 1"""
-    lr: NotNegative = 2e-5
+    lr: NotNegative = 3e-5
     """Adam's rate for the backbone, Table 6: 3e-5"""
     warm_up: Count = 10
     """updates in which the rates rise from 0"""
@@ -84,7 +84,7 @@ class Training:
     (1 + n) / (10 + n); 0: the last ones"""
     amp: Literal["fp32", "bf16"] = "fp32"
     """bf16: the backbone in bfloat16 autocast, for GPUs; the policy stays float32"""
-    eval_every: Positive = 60
+    eval_every: Positive = 45
     """steps between validations, which choose best.pt"""
     save_every: Positive = 50
     """steps between checkpoints, last.pt"""
@@ -108,7 +108,7 @@ class Policy:
     advantage_eps: AboveZero = 1e-12
     """ε of Eq. 8, inside the root: groups whose rewards deviate by less than √ε are damped;
     Appendix B: 1e-6"""
-    head_lr_factor: NotNegative = 25.0
+    head_lr_factor: NotNegative = 15.0
     """the heads' rate over --lr; the paper's 6 is made for 10⁵ updates"""
     freeze_backbone: bool = False
     """train the heads alone, without Eq. 1 and 2"""
@@ -191,7 +191,7 @@ class Config:
     """seed of crops and actions"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
-    samples: Samples = field(default_factory=Samples)
+    samples: Samples = field(default_factory=lambda: Samples(draws=2))
     training: Training = field(default_factory=Training)
     policy: Policy = field(default_factory=Policy)
     scoring: Scoring = field(default_factory=Scoring)

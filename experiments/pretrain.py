@@ -280,6 +280,8 @@ def make_model(config):
     if config.model == "chain":
         for name in given:
             raise runs.RunError(f"--{name} is of AdaIR, not of --model chain")
+        if config.drop_skip != Config.drop_skip:
+            raise runs.RunError("--drop-skip is of AdaIR, not of --model chain")
         net = load_restorer(config.init) if config.init else Chain()
         if not isinstance(net, Chain):
             raise runs.RunError(f"{config.init} holds no chain: leave --model chain out")

@@ -258,6 +258,8 @@ def test_a_chain_is_pretrained_and_goes_on(pretraining, tmp_path, init, capsys):
     assert "holds no chain" in fails(capsys, pretrain.main, flags)
     flags = pretraining("other", "--model", "chain", "--dim", 8)
     assert "--dim is of AdaIR" in fails(capsys, pretrain.main, flags)
+    flags = pretraining("other", "--model", "chain", "--drop-skip", 0.1)
+    assert "--drop-skip is of AdaIR" in fails(capsys, pretrain.main, flags)
 
 
 def test_a_list_says_what_is_set_aside(tmp_path):
