@@ -108,6 +108,9 @@ class Config:
     """Muon's rate, for 1×1 convolutions"""
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
+    pale: runs.NotNegative = 1.0
+    """how often black is raised in a truth, over the usual: rarely, and more haze is taken away,
+    but of pale scenes, too"""
     drop_skip: Annotated[float, Field(ge=0, le=1)] = 0.3
     """chance that an image loses a level's skip connection, so that the level below has to restore
     it alone: else the deep levels, and with them the gates, fall silent early"""
@@ -130,7 +133,7 @@ class Config:
 # ------------------------------------------------------------------------------------------- crops
 
 
-def another_look(gt, rng, task):
+def another_look(gt, rng, task, pale=1.0):
     """A function that shows an image as another camera may have taken it: a colour cast; one time
     in two a gamma, but for low light; and now and then a veil, which raises black: what is a little
     pale may be meant so, and is no haze. It is drawn for the truth gt (3, h, w) and meant for both
@@ -144,7 +147,7 @@ def another_look(gt, rng, task):
         darkest = min(max(math.log(0.12) / math.log(mean), 1.0), 2.0)
         power = math.exp(rng.uniform(math.log(0.6), math.log(darkest)))
     chance, most = PALE.get(task, USUALLY_PALE)
-    veil = rng.uniform(0.05, most) if rng.random() < chance else 0.0
+    veil = rng.uniform(0.05, most) if rng.random() < pale * chance else 0.0
     light = rng.uniform(0.6, 1.0)
     return lambda image: (1 - veil) * cast * image**power + veil * light
 
@@ -159,8 +162,9 @@ class VariedCrops(Crops):
     """Crop number n of a pre-training, of the task whose turn it is: real and synthesised pairs, a
     new degradation every time, of any strength, in varied exposure and colour."""
 
-    def __init__(self, samples, crop, seed, cycle):
+    def __init__(self, samples, crop, seed, cycle, pale=1.0):
         super().__init__(samples, crop, seed)
+        self.pale = pale
         photos = {s.gt: s for s in samples if not s.degraded}
         self.cycle, self.kinds = cycle, {"camera": [list(photos.values())]}
         for task in TASKS:
@@ -191,7 +195,7 @@ class VariedCrops(Crops):
         columns = slice(left - back, left + self.crop + MARGIN)
         pair = [image[:, rows, columns] for image in pair]
         pair = [image / 255 if image.dtype == torch.uint8 else image for image in pair]
-        gt, *degraded = map(another_look(pair[0], rng, task), pair)
+        gt, *degraded = map(another_look(pair[0], rng, task, self.pale), pair)
         degrade = camera if task == "camera" else TASKS[task].degrade
         degraded = degraded[0] if degraded else degrade(gt, rng)
         strength = draw_strength(task, rng)
@@ -421,7 +425,7 @@ def pretrain(config, stop):
     if (folder / "last.pt").exists():
         state.load(read_checkpoint(folder / "last.pt"), folder)
     runs.same_everywhere("model or state of training", [state.step, model_digest(net)])
-    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle)
+    crops = VariedCrops(samples, max(config.crop), config.seed, config.cycle, config.pale)
 
     again = "the same command"
     with runs.Run(folder, stop, again, config.device, config.workers, failures=(DataError,)) as run:

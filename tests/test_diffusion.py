@@ -16,7 +16,7 @@ import eval as evaluation
 import lrpo
 from config import parse_over
 from data import read_image
-from diffusion import Chain, Steps, schedule
+from diffusion import Chain, Steps, levels, schedule
 from experiments import chain as chain_program
 from experiments.chain import MEASURES, LastStepOf
 from model import load_restorer, restore
@@ -189,6 +189,15 @@ def test_what_is_measured_of_a_chain(tmp_path, capsys):
     assert found["start"] == "0.5000" and found["chain"].startswith("+400 ")
     assert found["chain − chain-shuffled"].startswith("+250 ")
     assert "holds no ARM/SEED" in fails(capsys, chain_program.main, [str(tmp_path / "empty")])
+
+
+def test_levels_are_those_of_every_channel():
+    y = torch.rand(1, 3, 16, 24, dtype=torch.float64)
+    blocks = y[0].numpy().reshape(3, 2, 8, 3, 8).mean(axis=(2, 4))
+    of_pixels = y[0].numpy().reshape(3, -1)
+    wanted = [of_pixels.mean(axis=1), of_pixels.std(axis=1, ddof=1)]
+    wanted += [blocks.min(axis=(1, 2)), blocks.max(axis=(1, 2))]
+    assert levels(y)[0].tolist() == pytest.approx([v for part in wanted for v in part])
 
 
 def test_without_noise_the_chain_is_a_restorer():
