@@ -14,7 +14,7 @@ package brisque) are not in it. BRISQUE is shown as 1 − BRISQUE/100, so that m
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from metrics import evaluation_pair, psnr
 from model import CheckpointError, load_restorer, model_digest, restore
 from rewards import Reward, RewardError, Scene, effective_weights, parse_terms, weighted_sum
 
+OUTPUTS = "noise-free", "sample", "half the noise", "the start's last step"
 MEASURES = ["reward", "piqe", "ssim", "lowpass", "brisque", "psnr"]
 
 
@@ -49,6 +50,8 @@ class Config:
     are chosen, or a folder of photographs"""
     side: Annotated[int, Field(ge=16, multiple_of=8)] = 192
     """px a side of the middle of a photograph that is measured"""
+    outputs: tuple[Literal[OUTPUTS], ...] = OUTPUTS
+    """what to measure: it takes some time each"""
 
 
 class LastStepOf(torch.nn.Module):
@@ -64,14 +67,15 @@ class LastStepOf(torch.nn.Module):
         return (self.last.predict(x, y, torch.full((len(y),), t, device=y.device)) + 1) / 2
 
 
-def outputs_of(chain, start):
-    """{name: restorer} of a chain."""
-    return {
+def outputs_of(chain, start, names):
+    """{name: restorer} of a chain, for the names that are asked for."""
+    outputs = {
         "noise-free": chain,
         "sample": Sampled(chain),
         "half the noise": Sampled(chain, temperature=0.5),
         "the start's last step": LastStepOf(chain, start),
     }
+    return {name: outputs[name] for name in names}
 
 
 def brisque_of():
@@ -128,13 +132,13 @@ def collect(config, paths):
             start = load_restorer(init)
             if not isinstance(start, Chain):
                 raise runs.RunError(f"{path} is no run of a diffusion chain")
-            starts[init] = start, measure(outputs_of(start, start), samples, reward, brisque)
+            outputs = outputs_of(start, start, config.outputs)
+            starts[init] = start, measure(outputs, samples, reward, brisque)
         start, before = starts[init]
         if runs.load_json(path / "hard.json")["model"] != model_digest(start):
             raise runs.RunError(f"{path} began from another model than {init} is today")
-        after = measure(
-            outputs_of(load_restorer(path / "last.pt"), start), samples, reward, brisque
-        )
+        outputs = outputs_of(load_restorer(path / "last.pt"), start, config.outputs)
+        after = measure(outputs, samples, reward, brisque)
         for name, rows in after.items():
             old, new = pd.DataFrame(before[name]), pd.DataFrame(rows)
             gains = new[["task", "image"]].join(old[MEASURES].add_suffix("_before"))

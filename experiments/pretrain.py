@@ -308,18 +308,22 @@ def adair_loss(net, batch, config, rngs):
 
 def chain_loss(net, batch, config, rngs):
     """The root of the squared error of every image's x̂_0, at a random step, x_t ~ q(x_t | x_0, y),
-    which at t = T is where the chain starts. One time in four with less noise, as the chain without
-    noise has it. Without the root, haze and darkness, whose errors are large, outweigh noise. Every
-    other crop is at t = T: later steps keep what the first one made of haze."""
+    which at t = T is where the chain starts. Without the root, haze and darkness, whose errors are
+    large, outweigh noise. Every other crop is at t = T: later steps keep what the first one made of
+    haze. One time in two with less noise and, in the place of x_0, with what the network predicts
+    at t = T: that is what the chain without noise comes from."""
     x0, y = 2 * batch.gt - 1, 2 * batch.degraded - 1
     times = [[rng.integers(1, net.steps + 1), net.steps][rng.integers(2)] for rng in rngs]
     t = torch.tensor(times, device=y.device)
-    mean, deviation = net.marginal(x0, y, t)
-    mean = torch.where((t == net.steps)[:, None, None, None], y, mean)
     draws = [rng.standard_normal(y.shape[1:], dtype=np.float32) for rng in rngs]
-    draws = [draw * np.float32(min(1, 4 * rng.random())) for draw, rng in zip(draws, rngs)]
+    shares = [min(1, 2 * rng.random()) for rng in rngs]  # of the noise
     noise = torch.from_numpy(np.stack(draws)).to(y)
-    off = net.predict(mean + deviation * noise, y, t) - x0
+    shares = torch.tensor(shares).to(y)[:, None, None, None]
+    with torch.no_grad():
+        first = net.predict(y, y, torch.full_like(t, net.steps))
+    mean, deviation = net.marginal(torch.where(shares < 1, first, x0), y, t)
+    mean = torch.where((t == net.steps)[:, None, None, None], y, mean)
+    off = net.predict(mean + deviation * shares * noise, y, t) - x0
     return (off.square().mean(dim=(1, 2, 3)) + 1e-8).sqrt().mean()
 
 
