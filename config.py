@@ -52,8 +52,9 @@ class Samples:
     scores: tuple[AbsolutePath, ...] = ()
     """hard.json of earlier runs of the same model, whose scores are taken over for unchanged
     files, and from the report.json beside it what was measured before training"""
-    draws: Annotated[int, Field(ge=1, le=1000)] = 3
-    """draws of every degradation per photo; AdaIR's folders stay as they are"""
+    draws: Annotated[int, Field(ge=1, le=1000)] = 2
+    """draws of every degradation per photo (train.py 2, lrpo.py 3, preset paper 1); AdaIR's folders
+    stay as they are"""
     crop: MultipleOf8 = 128
     """px, a multiple of 8, Table 6"""
     measure_crop: Annotated[int, Field(ge=32)] | None = None
@@ -191,7 +192,7 @@ class Config:
     """seed of crops and actions"""
     device: str = runs.default_device()
     """cpu, cuda, cuda:1, …"""
-    samples: Samples = field(default_factory=lambda: Samples(draws=2))
+    samples: Samples = field(default_factory=Samples)
     training: Training = field(default_factory=Training)
     policy: Policy = field(default_factory=Policy)
     scoring: Scoring = field(default_factory=Scoring)

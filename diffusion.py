@@ -17,9 +17,14 @@ from grpo import over_patches
 # ------------------------------------------------------------------------------------- the network
 
 
+LEVELS = 12  # of three channels mean, deviation, darkest and brightest block
+
+
 def levels(y):
-    """(N, 12) of images (N, 3, H, W): of every channel mean, deviation, darkest and brightest block
-    of 8 × 8 px. Haze raises such levels, and normalised features do not show them."""
+    """(N, 12) of images (N, 3, H, W) in [−1, 1], sides multiples of 8: of every channel mean,
+    deviation, darkest and brightest block of 8 × 8 px. Haze raises them, and GroupNorm takes most
+    of that out of what the convolutions see. Like GroupNorm they are of all that an image shows: a
+    crop has others than the whole."""
     blocks = F.avg_pool2d(y, 8)
     of_pixels = y.mean(dim=(2, 3)), y.std(dim=(2, 3))
     return torch.cat((*of_pixels, blocks.amin(dim=(2, 3)), blocks.amax(dim=(2, 3))), dim=1)
@@ -35,7 +40,7 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.step = nn.Embedding(steps + 1, out)
-        self.level = nn.Linear(12, out, bias=False)
+        self.level = nn.Linear(LEVELS, out, bias=False)
         self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)

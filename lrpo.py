@@ -277,7 +277,7 @@ class Config(IrpoConfig):
     loads"""
     objective: Literal["lrpo", "sft", "reward"] = "lrpo"
     """lrpo: RL; its controls: sft: ℓ1; reward: gradient ascent of the reward"""
-    samples: Samples = field(default_factory=lambda: Samples(select="all"))
+    samples: Samples = field(default_factory=lambda: Samples(select="all", draws=3))
     training: Training = field(
         default_factory=lambda: Training(steps=80, batch_size=4, lr=1e-4, eval_every=40)
     )
@@ -309,7 +309,7 @@ def chain():
     return Config(
         preset="chain",
         init=str(DEMO_CHAIN),
-        samples=Samples(select="all", crop=64, measure_crop=192),
+        samples=Samples(select="all", draws=3, crop=64, measure_crop=192),
         training=Training(steps=60, batch_size=4, lr=1e-4, eval_every=30),
         policy=Policy(group_size=8, likelihood=0.001, lambda_sup=0.02),
         scoring=Scoring(rewards="piqe=0.4,ssim=0.3,lowpass=0.3"),

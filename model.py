@@ -390,8 +390,8 @@ def restore(model, image, tile=None, controller=None, overlap=32, progress=False
     image: (3, H, W) or (B, 3, H, W) in [0, 1], on any device; the result lies beside it, has its
     shape and is not clamped. controller: as for `AdaIR.decode`, `policy.mean()` for a post-trained
     model. tile: px, a multiple of 8, of tiles that are faded into each other over `overlap` px,
-    which bounds the memory; attention, FFT and controls then know a tile only, and that changes
-    the numbers. Raises ValueError for a shape or tile it cannot take.
+    which bounds the memory; attention, FFT and controls, of a chain levels and norms, then know a
+    tile only, and that changes the numbers. Raises ValueError for a shape or tile it cannot take.
     """
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < 8:

@@ -5,9 +5,9 @@
     python -m experiments.chain results/chain         # the rows of chain.csv there alone
 
 Leaves chain.csv beside the arms: a row for every run, output and image (of other photographs
-chain-validation.csv, chain-photographs.csv). Outputs: without noise;
-samples at temperature 1 and 0.5; without noise, the last step being that of the start, which RL
-does not train. The reward is lrpo.py's for chains; PSNR and BRISQUE (Mittal et al. 2012, by the
+chain-validation.csv, chain-photographs.csv). Outputs (--outputs): without noise; samples at
+temperature 1 and 0.5; without noise, the last step being that of the start, which RL does not
+train. The reward is lrpo.py's for chains; PSNR and BRISQUE (Mittal et al. 2012, by the
 package brisque) are not in it. BRISQUE is shown as 1 − BRISQUE/100, so that more is better.
 """
 
@@ -35,7 +35,7 @@ from metrics import evaluation_pair, psnr
 from model import CheckpointError, load_restorer, model_digest, restore
 from rewards import Reward, RewardError, Scene, effective_weights, parse_terms, weighted_sum
 
-OUTPUTS = "noise-free", "sample", "half the noise", "the start's last step"
+OUTPUTS = "noise-free", "sample", "half-noise", "start-last-step"
 MEASURES = ["reward", "piqe", "ssim", "lowpass", "brisque", "psnr"]
 
 
@@ -50,8 +50,8 @@ class Config:
     are chosen, or a folder of photographs"""
     side: Annotated[int, Field(ge=16, multiple_of=8)] = 192
     """px a side of the middle of a photograph that is measured"""
-    outputs: tuple[Literal[OUTPUTS], ...] = OUTPUTS
-    """what to measure: it takes some time each"""
+    outputs: Annotated[tuple[Literal[OUTPUTS], ...], Field(min_length=1)] = OUTPUTS
+    """what to measure and to show: each takes its time"""
 
 
 class LastStepOf(torch.nn.Module):
@@ -72,8 +72,8 @@ def outputs_of(chain, start, names):
     outputs = {
         "noise-free": chain,
         "sample": Sampled(chain),
-        "half the noise": Sampled(chain, temperature=0.5),
-        "the start's last step": LastStepOf(chain, start),
+        "half-noise": Sampled(chain, temperature=0.5),
+        "start-last-step": LastStepOf(chain, start),
     }
     return {name: outputs[name] for name in names}
 
@@ -188,10 +188,15 @@ def run_program(argv):
     part = config.on if config.on in ("held-out", "validation") else "photographs"
     file = config.folder / ("chain.csv" if part == "held-out" else f"chain-{part}.csv")
     if paths:
-        write_csv(file, collect(config, paths))
+        rows = collect(config, paths)
+        if file.exists():  # outputs that were measured before
+            known = pd.read_csv(file, dtype=dict(seed=str))
+            rows = pd.concat([rows, known[~known["output"].isin(config.outputs)]])
+        write_csv(file, rows)
     if not file.exists():
         raise runs.RunError(f"{config.folder} holds no ARM/SEED/report.json and no {file.name}")
     rows = pd.read_csv(file, dtype=dict(seed=str))
+    rows = rows[rows["output"].isin(config.outputs)]
     print(table(rows.assign(photo=rows["image"].str.replace(r"#\d+$", "", regex=True))))
 
 

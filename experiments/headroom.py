@@ -33,6 +33,7 @@ from model import CheckpointError, load_pretrained, restore
 from policy import GATE_MEAN, USUAL, observe, policy_for, states_on
 
 BEST_OF = (4, 16, 64)
+DRAWS = 3  # of every degradation of a photograph
 AT_ONCE = 16  # actions of one image that are decoded together
 UNITS = {"psnr": "dB", "reward": "1e-4 of reward"}
 
@@ -197,7 +198,7 @@ def measure(config):
         raise runs.RunError(f"--crop is {config.crop}; these rewards need {side} px")
     reward = rewards.Reward(weights, config.device, config.weights_dir)
     split = list_training(config.data_root)
-    train, problems = split_usable(in_draws(split.train, 3), config.crop, decode=False)
+    train, problems = split_usable(in_draws(split.train, DRAWS), config.crop, decode=False)
     val, more = split_usable(split.val, max(16, config.crop))
     runs.say_skipped(problems + more)
     crops = crops_to_measure(model, reward, val, config)

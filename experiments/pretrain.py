@@ -109,11 +109,11 @@ class Config:
     cycle: tuple[Literal[(*TASKS, "camera")], ...] = tuple(CYCLE.split())
     """what is drawn in turn: tasks, and photographs as a camera gives them"""
     pale: runs.NotNegative = 1.0
-    """how often black is raised in a truth, over the usual: rarely, and more haze is taken away,
-    but of pale scenes, too"""
+    """factor on the chance that black is raised in a truth (PALE); below 1 the model takes more
+    haze away, also where a pale scene was meant"""
     drop_skip: Annotated[float, Field(ge=0, le=1)] = 0.3
     """chance that an image loses a level's skip connection, so that the level below has to restore
-    it alone: else the deep levels, and with them the gates, fall silent early"""
+    it alone: else the deep levels, and with them the gates, fall silent early; AdaIR alone"""
     rooms: tuple[Literal[tuple(TASKS)], ...] = ()
     """tasks whose real pairs show what others lack, as dehaze lowlight deblur: their truths become
     photographs for all tasks, blurred frames for all but blur and haze; where rooms stand under
@@ -136,9 +136,9 @@ class Config:
 def another_look(gt, rng, task, pale=1.0):
     """A function that shows an image as another camera may have taken it: a colour cast; one time
     in two a gamma, but for low light; and now and then a veil, which raises black: what is a little
-    pale may be meant so, and is no haze. It is drawn for the truth gt (3, h, w) and meant for both
-    images of a pair. The veil is linear: what differs between the two stays the same but for its
-    size."""
+    pale may be meant so, and is no haze (its usual chance times pale). All is drawn for the truth
+    gt (3, h, w) and meant for both images of a pair. The veil is linear: what differs between the
+    two stays the same but for its size."""
     cast = torch.from_numpy(rng.uniform(0.9, 1.0, (3, 1, 1)).astype(np.float32))
     power = 1.0
     if task != "lowlight" and rng.random() < 0.5:
@@ -307,21 +307,27 @@ def adair_loss(net, batch, config, rngs):
 
 
 def chain_loss(net, batch, config, rngs):
-    """The root of the squared error of every image's x̂_0, at a random step, x_t ~ q(x_t | x_0, y),
-    which at t = T is where the chain starts. Without the root, haze and darkness, whose errors are
-    large, outweigh noise. Every other crop is at t = T: later steps keep what the first one made of
-    haze. One time in two with less noise and, in the place of x_0, with what the network predicts
-    at t = T: that is what the chain without noise comes from."""
+    """The root of the squared error of every image's x̂_0, at a random step. Without the root, haze
+    and darkness, whose errors are large, outweigh noise.
+
+    Five crops in eight are at t = T, where x_T is drawn around y, as the chain starts: later steps
+    keep what the first one made of haze. Of the others half have x_t ~ q(x_t | x_0, y), half less
+    noise and, in the place of x_0, what the network predicts at t = T: about what the chain without
+    noise meets.
+    """
     x0, y = 2 * batch.gt - 1, 2 * batch.degraded - 1
-    times = [[rng.integers(1, net.steps + 1), net.steps][rng.integers(2)] for rng in rngs]
+    times = []
+    for rng in rngs:
+        any_step, first = rng.integers(1, net.steps + 1), rng.integers(2)
+        times.append(net.steps if first else any_step)
     t = torch.tensor(times, device=y.device)
     draws = [rng.standard_normal(y.shape[1:], dtype=np.float32) for rng in rngs]
     shares = [min(1, 2 * rng.random()) for rng in rngs]  # of the noise
     noise = torch.from_numpy(np.stack(draws)).to(y)
     shares = torch.tensor(shares).to(y)[:, None, None, None]
     with torch.no_grad():
-        first = net.predict(y, y, torch.full_like(t, net.steps))
-    mean, deviation = net.marginal(torch.where(shares < 1, first, x0), y, t)
+        predicted = net.predict(y, y, torch.full_like(t, net.steps))
+    mean, deviation = net.marginal(torch.where(shares < 1, predicted, x0), y, t)
     mean = torch.where((t == net.steps)[:, None, None, None], y, mean)
     off = net.predict(mean + deviation * shares * noise, y, t) - x0
     return (off.square().mean(dim=(1, 2, 3)) + 1e-8).sqrt().mean()

@@ -85,7 +85,7 @@ CHAIN = {  # python lrpo.py --policy chain; a step of it takes 1.85 s of one thr
 CHAIN_WITHOUT = {  # what breaks without it
     "chain-one-advantage": "--policy chain --advantage-patch 0",
     "chain-own-deviation": "--policy chain --advantage-scale group",
-    "chain-no-levels": "--policy chain --no-noise-levels",
+    "chain-no-noise-levels": "--policy chain --no-noise-levels",
     "chain-no-likelihood": "--policy chain --likelihood 0",
     "chain-piqe-alone": "--policy chain --rewards piqe=1",
     "chain-no-sup": "--policy chain --lambda-sup 0",

@@ -12,13 +12,14 @@ import torch
 from conftest import fails, write
 from torch.distributions import Normal, kl_divergence
 
+import diffusion
 import eval as evaluation
 import lrpo
 from config import parse_over
 from data import read_image
 from diffusion import Chain, Steps, levels, schedule
 from experiments import chain as chain_program
-from experiments.chain import MEASURES, LastStepOf
+from experiments.chain import MEASURES, LastStepOf, outputs_of
 from model import load_restorer, restore
 from rewards import parse_terms
 
@@ -178,6 +179,7 @@ def test_what_is_measured_of_a_chain(tmp_path, capsys):
     wanted = start.predict(x, 2 * y - 1, torch.ones(2, dtype=torch.long))
     assert torch.allclose(mixed, (wanted + 1) / 2)
     assert torch.allclose(LastStepOf(net, net)(y), net(y))
+    assert [*outputs_of(net, start, ["sample"])] == ["sample"]
     rows = pd.DataFrame(dict(arm=["chain", "chain-shuffled"] * 2, seed=["0"] * 4, output="sample"))
     rows = rows.assign(task="derain", image=["a", "a", "b", "b"])
     for k, key in enumerate(MEASURES):
@@ -198,6 +200,18 @@ def test_levels_are_those_of_every_channel():
     wanted = [of_pixels.mean(axis=1), of_pixels.std(axis=1, ddof=1)]
     wanted += [blocks.min(axis=(1, 2)), blocks.max(axis=(1, 2))]
     assert levels(y)[0].tolist() == pytest.approx([v for part in wanted for v in part])
+
+
+def test_a_chain_sees_the_levels_unless_their_weights_are_0(monkeypatch):
+    net, y = chain(), torch.rand(1, 3, 16, 24, dtype=torch.float64)
+    before = net(y)
+    monkeypatch.setattr(diffusion, "levels", lambda y: torch.ones(1, 12, dtype=y.dtype))
+    assert (net(y) - before).abs().max() > 1e-4
+    for name, p in net.named_parameters():
+        p.data *= not name.endswith(".level.weight")
+    without = net(y)
+    monkeypatch.undo()
+    assert torch.equal(net(y), without)
 
 
 def test_without_noise_the_chain_is_a_restorer():
