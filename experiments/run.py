@@ -74,8 +74,8 @@ LRPO_JUDGED = {  # by exposure_judge.py, too
     "lrpo-judged": LRPO_JUDGE,
     "lrpo-judged-shuffled": f"{LRPO_JUDGE} --shuffle-advantages",
 }
-CHAIN = {  # python lrpo.py --policy chain; a step of it takes 1.85 s of one thread, of SFT 0.23 s,
-    # of gradient ascent 0.25 s
+CHAIN = {  # python lrpo.py --policy chain; a step of it takes 1.7 s of one thread, of SFT 0.26 s, so
+    # that the controls in "the same time" have a quarter more
     "chain": "--policy chain",
     "chain-shuffled": "--policy chain --shuffle-advantages",
     "chain-sft-time": "--policy chain --objective sft --steps 490",
