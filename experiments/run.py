@@ -74,7 +74,7 @@ LRPO_JUDGED = {  # by exposure_judge.py, too
     "lrpo-judged": LRPO_JUDGE,
     "lrpo-judged-shuffled": f"{LRPO_JUDGE} --shuffle-advantages",
 }
-CHAIN = {  # python lrpo.py --policy chain; a step of it takes 1.7 s of one thread, of SFT 0.26 s, so
+CHAIN = {  # python lrpo.py --policy chain; a step takes 1.7 s of one thread, of SFT 0.26 s, so
     # that the controls in "the same time" have a quarter more
     "chain": "--policy chain",
     "chain-shuffled": "--policy chain --shuffle-advantages",
