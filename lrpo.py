@@ -310,9 +310,9 @@ def chain():
         preset="chain",
         init=str(DEMO_CHAIN),
         samples=Samples(select="all", draws=3, crop=64, measure_crop=192),
-        training=Training(steps=60, batch_size=4, lr=1e-4, eval_every=30),
-        policy=Policy(group_size=8, likelihood=0.001, lambda_sup=0.02),
-        scoring=Scoring(rewards="piqe=0.4,ssim=0.3,lowpass=0.3"),
+        training=Training(steps=200, batch_size=4, lr=5e-5, eval_every=100),
+        policy=Policy(group_size=8, likelihood=0.001, lambda_sup=0.002),
+        scoring=Scoring(rewards="piqe=0.1,ssim=0.5,lowpass=0.4"),
     )
 
 

@@ -74,13 +74,13 @@ LRPO_JUDGED = {  # by exposure_judge.py, too
     "lrpo-judged": LRPO_JUDGE,
     "lrpo-judged-shuffled": f"{LRPO_JUDGE} --shuffle-advantages",
 }
-CHAIN = {  # python lrpo.py --policy chain; a step takes 1.7 s of one thread, of SFT 0.26 s, so
-    # that the controls in "the same time" have a quarter more
+CHAIN = {  # python lrpo.py --policy chain; the controls as long as its 200 steps of 1.7 s
     "chain": "--policy chain",
     "chain-shuffled": "--policy chain --shuffle-advantages",
-    "chain-sft-time": "--policy chain --objective sft --steps 490",
+    "chain-sft-time": "--policy chain --objective sft --steps 1250",
     # of the reward what has a gradient
-    "chain-reward-time": "--policy chain --objective reward --rewards ssim=1,lowpass=1 --steps 440",
+    "chain-reward-time": "--policy chain --objective reward --steps 1200"
+    " --rewards ssim=0.5,lowpass=0.4",
 }
 CHAIN_WITHOUT = {  # what breaks without it
     "chain-one-advantage": "--policy chain --advantage-patch 0",
