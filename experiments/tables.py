@@ -42,7 +42,7 @@ COLUMNS = {
 # Which arms answer a question together: an arm, and its controls.
 CONTROLS = {
     "irpo": "sft best-of-g irpo-shuffled irpo-no-cons sft-time reward-time reward-sft-time hard-30 "
-    "group-2 general-alone task-alone",
+    "random-30 all-data group-2 general-alone task-alone",
     "best-of-g": "random-rollout",
     "rl": "rl-shuffled",
     "rl-all": "rl-all-shuffled",
