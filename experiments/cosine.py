@@ -5,13 +5,14 @@ the space of a restorer's weights, before anything is trained.
 
 Crops of the training images, one at a time. A cosine of 0.1 is usable: the gradients of many images
 add up, noise does not (last row). Near 0, more rollouts, another block or more images a step are
-needed. A reward without gradient cannot be looked at like this.
+needed. Of a reward without gradient two estimates of RL's can be compared: --against itself.
 
 Of a diffusion chain the gradient is that of the expected reward through all steps that have noise,
 the last step held: the mean over walks, differentiated along their path.
 """
 
 import copy
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -44,6 +45,9 @@ class Config:
     """tasks to look at; without it, all"""
     rewards: str = "default"
     """terms, as for lrpo.py"""
+    against: Literal["true", "itself"] = "true"
+    """the reward's own gradient, or RL's from other noise: that cosine is about the square of the
+    one to the true gradient, which no reward has to have then"""
     weights_dir: str | None = None
     """where clip, lpips and aes find their weights; without it, torch's cache"""
     block: tuple[runs.Positive, ...] = (1, 2, 8)
@@ -86,6 +90,23 @@ def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch)
     return gradient((advantages * policy.log_prob(net, path, patch)).mean(), net)
 
 
+def rl_gradients(config, net, policy, reward, batch, ways):
+    """The same for every way, a (block size's turn, patch), from the noise of --seed."""
+    return [
+        rl_gradient(
+            net,
+            policy,
+            reward,
+            batch,
+            group_size=config.group_size,
+            generators=study.generators_of(config, batch.numbers),
+            turn=turn,
+            patch=patch,
+        )
+        for turn, patch in ways
+    ]
+
+
 def expected_gradient(net, reward, batch, generator, walks):
     """The gradient of a batch of one crop that RL estimates: of the reward itself, or of a chain's
     expected reward, by the path of its walks."""
@@ -119,7 +140,7 @@ def load(config):
         raise runs.RunError(f"--crop is {config.crop}: these rewards need {side} or more")
     tasks = task_names(config.tasks) if config.tasks else ()
     crops = Crops(list_training(config.data_root, tasks=tasks).train, config.crop, config.seed)
-    reward.try_plugs(crops[0][1], has_gradient=True)
+    reward.try_plugs(crops[0][1], has_gradient=config.against == "true")
     return net, reward, crops
 
 
@@ -133,43 +154,37 @@ def run_program(argv):
     else:
         policy, blocks = Pixels(config.block, [config.sigma] * len(config.block)), config.block
     ways = [(turn, patch) for turn in range(len(blocks)) for patch in config.advantage_patch]
+    # of a single step the true one is known exactly
+    is_estimated = isinstance(net, Chain) and config.against == "true"
     rows, total = {}, 0
     for task, numbers in tqdm(crops.of_each_task(config.images).items(), desc="tasks"):
-        rows[task] = torch.zeros(len(ways) + 1)
+        rows[task] = torch.zeros(len(ways) + is_estimated)
         for n in numbers:
             batch = crops.collate([crops[n]])
             degraded, gt = (t.to(config.device) for t in (batch.degraded, batch.gt))
             batch = batch._replace(degraded=degraded, gt=gt)
-            # by other walks than the rollouts'; of a chain twice, to see how well it is known
-            generator = torch.Generator(config.device).manual_seed(n)
-            halves = [
-                expected_gradient(net, reward, batch, generator, config.walks)
-                for _ in range(2 if isinstance(net, Chain) else 1)
-            ]
-            found = [sum(halves)]
-            for turn, patch in ways:
-                found += [
-                    rl_gradient(
-                        net,
-                        policy,
-                        reward,
-                        batch,
-                        group_size=config.group_size,
-                        generators=study.generators_of(config, batch.numbers),
-                        turn=turn,
-                        patch=patch,
-                    )
+            found = rl_gradients(config, net, policy, reward, batch, ways)
+            if config.against == "itself":
+                other = dataclasses.replace(config, seed=config.seed + 1)
+                wanted, known = rl_gradients(other, net, policy, reward, batch, ways), []
+            else:  # by other walks than the rollouts'; of a chain twice: how well is it known?
+                generator = torch.Generator(config.device).manual_seed(n)
+                halves = [
+                    expected_gradient(net, reward, batch, generator, config.walks)
+                    for _ in range(1 + is_estimated)
                 ]
-            cosines = [cosine(found[0], g) for g in found[1:]] + [cosine(halves[0], halves[-1])]
+                wanted, known = [sum(halves)] * len(ways), [cosine(*halves)] if is_estimated else []
+            cosines = [cosine(g, true) for g, true in zip(found, wanted)] + known
             rows[task] += torch.tensor(cosines) / len(numbers)
-            total = total + torch.stack([g / g.norm() for g in found])  # each image counts alike
-    shown = len(ways) + isinstance(net, Chain)  # of a single step the true one is known exactly
-    lines = [[task, *(f"{v:.2f}" for v in values[:shown])] for task, values in rows.items()]
-    together = [f"{cosine(total[0], g):.2f}" for g in total[1:]]
-    lines.append(["all images together", *together, *[""] * (shown - len(ways))])
+            both = torch.stack([torch.stack(found), torch.stack(wanted)])  # (2, ways, weights)
+            total = total + both / both.norm(dim=-1, keepdim=True)  # each image counts alike
+    lines = [[task, *(f"{v:.2f}" for v in values)] for task, values in rows.items()]
+    together = [f"{cosine(g, true):.2f}" for g, true in zip(*total)]
+    lines.append(["all images together", *together, *[""] * is_estimated])
     names = [f"patch {p}" if blocks[turn] is None else f"b {blocks[turn]}, {p}" for turn, p in ways]
-    names += ["of half the walks to the other"] * (shown - len(ways))
-    print(f"cosine of RL's gradient to the true one, one image at a time; G = {config.group_size}")
+    names += ["of half the walks to the other"] * is_estimated
+    other = "the true one" if config.against == "true" else "another of its own"
+    print(f"cosine of RL's gradient to {other}, one image at a time; G = {config.group_size}")
     print(f"{'' if blocks[0] is None else 'b: px of a block; '}then px of a patch, 0: the image\n")
     print(report.markdown(["", *names], lines))
 

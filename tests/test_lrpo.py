@@ -294,6 +294,16 @@ def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp
     )
     words = fails(capsys, cosine.main, [*flags, "--rewards", f"{tmp_path}/mine.py:bright=1"])
     assert "has no gradient" in words
+    # of two estimates, whose noise is independent, the cosine is the product of those to the truth
+    found = []
+    for against in ("true", "itself"):
+        flags[-1] = "64"
+        assert cosine.main([*flags, "--rewards", "lowpass=1", "--against", against]) is None
+        lines = capsys.readouterr().out.splitlines()
+        found.append(float(next(x for x in lines if "| derain" in x).split("|")[2]))
+    assert 0.2 < found[0] < 0.95 and found[1] == pytest.approx(found[0] ** 2, abs=0.15)
+    unsteady = [*flags, "--rewards", f"{tmp_path}/mine.py:bright=1", "--against", "itself"]
+    assert cosine.main(unsteady) is None
 
 
 def test_the_cosine_program_follows_a_chains_walks(tmp_path, capsys):
