@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from grpo import over_patches
+import grpo
 
 # ------------------------------------------------------------------------------------- the network
 
@@ -195,7 +195,8 @@ class ChainPath:
 class Steps:
     """The policy of LRPO: the steps of a `Chain` that have noise, S = T − 1 of them.
 
-    The last step makes the output and has no density, so RL does not train it.
+    The last step makes the output and has no density, so RL does not train it. But it shares its
+    weights with the others; what holds it is the KL, or ℓ1.
     """
 
     def __init__(self, chain):
@@ -234,7 +235,7 @@ class Steps:
         (B, G, S, 1, 1). target: x̂_0 or x_0 in whose place the step's own x̂_0 is looked at."""
         if "x0" not in path.computed:
             path.computed["x0"] = self.predict(chain, path)
-        off = over_patches((target - path.computed["x0"]).square(), patch)
+        off = grpo.over_patches((target - path.computed["x0"]).square(), patch)
         return (self.new / self.sigmas).to(off).square()[:, None, None] * off / 2
 
     def output(self, chain, path):
@@ -251,11 +252,23 @@ class Steps:
         target = (path.after - kept * path.before) / (1 - kept)
         return -self.distances(chain, path, target, patch) - self.constant(path)
 
+    def predict_last(self, chain, path):
+        """What the last step makes of x_1 of all rollouts, in [−1, 1]: (B, G, 3, H, W)."""
+        x = path.after[:, :, -1]
+        y = (2 * path.degraded - 1)[:, None].expand(x.shape).flatten(0, 1)
+        t = torch.ones(len(y), dtype=torch.long, device=y.device)
+        return chain.predict(x.flatten(0, 1), y, t).unflatten(0, x.shape[:2])
+
     def kl(self, chain, reference, path):
-        """KL(π ‖ π_ref) of the visited steps, the mean over pixels, exact: (B, G, S, 1, 1)."""
+        """KL(π ‖ π_ref) of the visited steps, the mean over pixels, exact; and of the last one, as
+        if it drew with the deviation of the one before it. Of one rollout a group, whichever they
+        are a sample of the same: (B, 1, S + 1, 1, 1)."""
+        one = ChainPath(path.degraded, path.before[:, :1], path.after[:, :1])
         with torch.no_grad():
-            start = self.predict(reference, path)
-        return self.distances(chain, path, start)
+            start, last = self.predict(reference, one), self.predict_last(reference, one)
+        off = grpo.over_patches((self.predict_last(chain, one) - last).square(), patch=0)
+        off = off[:, :, None] / (2 * self.sigmas[-1] ** 2)
+        return torch.cat((self.distances(chain, one, start), off), dim=2)
 
     def log_likelihood(self, chain, path, gt):
         """ℓ, the mean log-density of the truth's own x_{t−1} ~ q(x_{t−1} | x_t, x_0 = gt, y), in

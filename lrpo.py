@@ -252,7 +252,7 @@ class Policy:
     inner_epochs: Positive = 1
     """updates per group; above 1 the clip can bind"""
     kl_beta: NotNegative = 0.0
-    """β of the exact KL to the start. LRPO: none"""
+    """β of the exact KL to the start, of a chain with its last step. LRPO: none"""
     likelihood: NotNegative = 0.0
     """c of LRPO's likelihood regularisation, c (1 − exp(ℓ/40)); LRPO: 0.001"""
     lambda_sup: NotNegative = 0.0
@@ -304,14 +304,14 @@ def paper():
 
 
 def chain():
-    """Preset chain: the demo's diffusion chain, and a reward that a chain's noise can raise. A
-    little ℓ1 holds the last step, which RL does not train, in place."""
+    """Preset chain: the demo's diffusion chain, and a reward that a chain's noise can raise. The KL
+    holds the last step, which RL does not train, in place."""
     return Config(
         preset="chain",
         init=str(DEMO_CHAIN),
         samples=Samples(select="all", draws=3, crop=64, measure_crop=192),
         training=Training(steps=200, batch_size=4, lr=5e-5, eval_every=100),
-        policy=Policy(group_size=8, likelihood=0.001, lambda_sup=0.002),
+        policy=Policy(group_size=8, likelihood=0.001, kl_beta=5e-4),
         scoring=Scoring(rewards="piqe=0.1,ssim=0.5,lowpass=0.4"),
     )
 

@@ -88,7 +88,7 @@ CHAIN_WITHOUT = {  # what breaks without it
     "chain-no-noise-levels": "--policy chain --no-noise-levels",
     "chain-no-likelihood": "--policy chain --likelihood 0",
     "chain-piqe-alone": "--policy chain --rewards piqe=1",
-    "chain-no-sup": "--policy chain --lambda-sup 0",
+    "chain-no-kl": "--policy chain --kl-beta 0",
 }
 GROUPS = {
     "main": MAIN,
