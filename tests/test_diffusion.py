@@ -168,7 +168,7 @@ def test_the_preset_of_chains_names_the_demos_and_its_reward(tmp_path, capsys):
     argv = ["--policy", "chain", "--group-size", "4", "--device", "cpu"]
     config = parse_over("lrpo.py", "", lrpo.PRESETS, argv)
     assert Path(config.init).name == "chain.pt" and config.policy.group_size == 4
-    assert parse_terms(config.scoring.rewards)["piqe"] == 0.4
+    assert parse_terms(config.scoring.rewards) == parse_terms("piqe=0.1,ssim=0.5,lowpass=0.4")
     both = parse_over("lrpo.py", "", lrpo.PRESETS, ["--preset=chain", *argv[2:]])
     assert dataclasses.replace(both, out="", command="") == dataclasses.replace(
         config, out="", command=""
