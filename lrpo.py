@@ -243,7 +243,8 @@ class Policy:
     counts for more), or of a group"""
     advantage_patch: Count = 8
     """px a side of patches that have an advantage each, by what they contribute to the reward; a
-    multiple of every --block, divides --crop. 0: one advantage an image, the papers'"""
+    multiple of every --block, divides --crop. Of a term of wider blocks, such as piqe's of 16 px,
+    a patch is credited its own part alone. 0: one advantage an image, the papers'"""
     advantage_eps: AboveZero = 1e-12
     """ε under the root of a group's deviation"""
     clip: NotNegative = 1e-4

@@ -47,7 +47,7 @@ class Config:
     """terms, as for lrpo.py"""
     against: Literal["true", "itself"] = "true"
     """the reward's own gradient, or RL's from other noise: that cosine is about the square of the
-    one to the true gradient, which no reward has to have then"""
+    one to their mean, and no reward has to have a gradient then; --walks does nothing"""
     weights_dir: str | None = None
     """where clip, lpips and aes find their weights; without it, torch's cache"""
     block: tuple[runs.Positive, ...] = (1, 2, 8)
@@ -80,7 +80,7 @@ def gradient(value, net):
 
 
 def rl_gradient(net, policy, reward, batch, group_size, generators, turn, patch):
-    """What one step of LRPO follows on a batch of one crop, without KL and ℓ1."""
+    """What one step of LRPO follows on a batch of one crop, by its reward alone."""
     restored, path = policy.rollout(net, batch.degraded, group_size, generators, turn)
     _, _, credit = reward.in_patches(
         restored, batch.degraded, batch.gt, batch.tasks, judge=None, patch=patch
@@ -174,12 +174,12 @@ def run_program(argv):
                     for _ in range(1 + is_estimated)
                 ]
                 wanted, known = [sum(halves)] * len(ways), [cosine(*halves)] if is_estimated else []
-            cosines = [cosine(g, true) for g, true in zip(found, wanted)] + known
+            cosines = [cosine(*pair) for pair in zip(found, wanted)] + known
             rows[task] += torch.tensor(cosines) / len(numbers)
             both = torch.stack([torch.stack(found), torch.stack(wanted)])  # (2, ways, weights)
-            total = total + both / both.norm(dim=-1, keepdim=True)  # each image counts alike
+            total = total + torch.nn.functional.normalize(both, dim=-1)  # each image counts alike
     lines = [[task, *(f"{v:.2f}" for v in values)] for task, values in rows.items()]
-    together = [f"{cosine(g, true):.2f}" for g, true in zip(*total)]
+    together = [f"{cosine(*pair):.2f}" for pair in zip(*total)]
     lines.append(["all images together", *together, *[""] * is_estimated])
     names = [f"patch {p}" if blocks[turn] is None else f"b {blocks[turn]}, {p}" for turn, p in ways]
     names += ["of half the walks to the other"] * is_estimated

@@ -74,7 +74,7 @@ LRPO_JUDGED = {  # by exposure_judge.py, too
     "lrpo-judged": LRPO_JUDGE,
     "lrpo-judged-shuffled": f"{LRPO_JUDGE} --shuffle-advantages",
 }
-CHAIN = {  # python lrpo.py --policy chain; the controls as long as its 200 steps of 1.7 s
+CHAIN = {  # python lrpo.py --policy chain; the controls take 15 % less than its 200 steps of 1.7 s
     "chain": "--policy chain",
     "chain-shuffled": "--policy chain --shuffle-advantages",
     "chain-sft-time": "--policy chain --objective sft --steps 1250",

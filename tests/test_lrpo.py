@@ -304,6 +304,7 @@ def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp
     assert 0.2 < found[0] < 0.95 and found[1] == pytest.approx(found[0] ** 2, abs=0.15)
     unsteady = [*flags, "--rewards", f"{tmp_path}/mine.py:bright=1", "--against", "itself"]
     assert cosine.main(unsteady) is None
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_the_cosine_program_follows_a_chains_walks(tmp_path, capsys):
