@@ -271,7 +271,7 @@ class Config(IrpoConfig):
     preset: Annotated[Literal["demo", "chain", "paper"], tyro.conf.arg(aliases=["--policy"])] = (
         "demo"
     )
-    """demo: minutes on two CPU cores; chain: of the demo's diffusion chain, no longer; paper:
+    """demo: minutes on two CPU cores; chain: more of them, of the demo's diffusion chain; paper:
     LRPO's values, as far as the policy of --init has them"""
     init: AbsolutePath = str(DEMO_MODEL)
     """restorer to start from: AdaIR, official or ours, a chain of ours, or any file that spandrel
@@ -305,8 +305,8 @@ def paper():
 
 
 def chain():
-    """Preset chain: the demo's diffusion chain, and a reward that a chain's noise can raise. The KL
-    holds the last step, which RL does not train, in place."""
+    """Preset chain: the demo's diffusion chain, and a reward whose terms have alike spread over
+    rollouts; PIQE has no gradient. The KL holds the last step, which RL does not train."""
     return Config(
         preset="chain",
         init=str(DEMO_CHAIN),

@@ -47,7 +47,7 @@ class Config:
     """terms, as for lrpo.py"""
     against: Literal["true", "itself"] = "true"
     """the reward's own gradient, or RL's from other noise: that cosine is about the square of the
-    one to their mean, and no reward has to have a gradient then; --walks does nothing"""
+    one to what they are on average; it needs no gradient of the reward, and no --walks"""
     weights_dir: str | None = None
     """where clip, lpips and aes find their weights; without it, torch's cache"""
     block: tuple[runs.Positive, ...] = (1, 2, 8)
