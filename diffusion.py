@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import grpo
+from grpo import over_patches
 
 # ------------------------------------------------------------------------------------- the network
 
@@ -203,6 +203,8 @@ class Steps:
         self.times = list(range(chain.steps, 1, -1))
         self.sigmas = torch.tensor([chain.sigma(t) for t in self.times])  # (S,)
         self.new = torch.tensor([chain.weights(t)[1] for t in self.times])  # (S,), α_t/η_t
+        scale = torch.cat((self.new / self.sigmas, 1 / self.sigmas[-1:]))  # the last step: by σ_2
+        self.precision = scale.square() / 2  # (S + 1,), by which x̂_0 counts in log π and KL
 
     @torch.no_grad()
     def rollout(self, chain, degraded, group_size, generators, turn=0):
@@ -222,21 +224,25 @@ class Steps:
         )
         return restored, ChainPath(degraded, before, after)
 
-    def predict(self, chain, path):
-        """x̂_0 at all steps of all rollouts, (B, G, S, 3, H, W)."""
-        b, g, s = path.before.shape[:3]
-        y = (2 * path.degraded - 1)[:, None, None].expand(path.before.shape)
-        t = torch.tensor(self.times, device=y.device).repeat(b * g)
-        flat = chain.predict(path.before.flatten(0, 2), y.flatten(0, 2), t)
-        return flat.unflatten(0, (b, g, s))
+    def predict(self, chain, degraded, x, times):
+        """x̂_0 of x_t (B, G, n, 3, H, W) at these n times; degraded: (B, 3, H, W) in [0, 1]."""
+        y = (2 * degraded - 1)[:, None, None].expand(x.shape)
+        t = torch.tensor(times, device=y.device).repeat(x.shape[0] * x.shape[1])
+        flat = chain.predict(x.flatten(0, 2), y.flatten(0, 2), t)
+        return flat.unflatten(0, x.shape[:3])
 
-    def distances(self, chain, path, target, patch=0):
-        """(target − mean of the step)²/2σ², the mean over pixels: (B, G, S, h, w) of patches, or
-        (B, G, S, 1, 1). target: x̂_0 or x_0 in whose place the step's own x̂_0 is looked at."""
+    def predicted(self, chain, path):
+        """x̂_0 at all steps of all rollouts, (B, G, S, 3, H, W)."""
         if "x0" not in path.computed:
-            path.computed["x0"] = self.predict(chain, path)
-        off = grpo.over_patches((target - path.computed["x0"]).square(), patch)
-        return (self.new / self.sigmas).to(off).square()[:, None, None] * off / 2
+            path.computed["x0"] = self.predict(chain, path.degraded, path.before, self.times)
+        return path.computed["x0"]
+
+    def distances(self, x0, target, patch=0):
+        """(target − mean of the step)²/2σ², the mean over pixels: (B, G, S, h, w) of patches, or
+        (B, G, S, 1, 1), or with the last step of S + 1. x0: x̂_0 of the steps; target: another one,
+        or x_0, in its place."""
+        off = over_patches((target - x0).square(), patch)
+        return self.precision.to(off)[: off.shape[2], None, None] * off
 
     def output(self, chain, path):
         """The restoration without noise, (B, 3, H, W)."""
@@ -250,31 +256,26 @@ class Steps:
         kept = (1 - self.new).to(path.before)[:, None, None, None]
         # the x̂_0 under which x_{t−1} would be the mean
         target = (path.after - kept * path.before) / (1 - kept)
-        return -self.distances(chain, path, target, patch) - self.constant(path)
-
-    def predict_last(self, chain, path):
-        """What the last step makes of x_1 of all rollouts, in [−1, 1]: (B, G, 3, H, W)."""
-        x = path.after[:, :, -1]
-        y = (2 * path.degraded - 1)[:, None].expand(x.shape).flatten(0, 1)
-        t = torch.ones(len(y), dtype=torch.long, device=y.device)
-        return chain.predict(x.flatten(0, 1), y, t).unflatten(0, x.shape[:2])
+        distances = self.distances(self.predicted(chain, path), target, patch)
+        return -distances - self.constant(path)
 
     def kl(self, chain, reference, path):
         """KL(π ‖ π_ref) of the visited steps, the mean over pixels, exact; and of the last one, as
         if it drew with the deviation of the one before it. Of one rollout a group, whichever they
         are a sample of the same: (B, 1, S + 1, 1, 1)."""
-        one = ChainPath(path.degraded, path.before[:, :1], path.after[:, :1])
+        x1 = path.after[:, :1, -1:]
+        x = torch.cat((path.before[:, :1], x1), dim=2)
         with torch.no_grad():
-            start, last = self.predict(reference, one), self.predict_last(reference, one)
-        off = grpo.over_patches((self.predict_last(chain, one) - last).square(), patch=0)
-        off = off[:, :, None] / (2 * self.sigmas[-1] ** 2)
-        return torch.cat((self.distances(chain, one, start), off), dim=2)
+            start = self.predict(reference, path.degraded, x, [*self.times, 1])
+        last = self.predict(chain, path.degraded, x1, [1])
+        x0 = torch.cat((self.predicted(chain, path)[:, :1], last), dim=2)
+        return self.distances(x0, start)
 
     def log_likelihood(self, chain, path, gt):
         """ℓ, the mean log-density of the truth's own x_{t−1} ~ q(x_{t−1} | x_t, x_0 = gt, y), in
         expectation over it: (B, G, S, 1, 1). gt: (B, 3, H, W) in [0, 1]."""
         target = (2 * gt - 1)[:, None, None]
-        return -self.distances(chain, path, target) - 0.5 - self.constant(path)
+        return -self.distances(self.predicted(chain, path), target) - 0.5 - self.constant(path)
 
     def constant(self, path):
         """log σ + log √2π of every step, (S, 1, 1)."""

@@ -286,9 +286,6 @@ def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp
     flags = ["--init", tmp_path / "init.pt", "--data-root", tmp_path / "photos", "--device", "cpu"]
     flags += "--images 1 --crop 32 --tasks derain --block 1 --group-size 256".split()
     flags = [str(flag) for flag in flags]
-    assert cosine.main([*flags, "--rewards", "lowpass=1"]) is None
-    row = next(line for line in capsys.readouterr().out.splitlines() if "| derain" in line)
-    assert float(row.split("|")[2]) > 0.8
     (tmp_path / "mine.py").write_text(
         "def bright(restored, gt):\n    return (restored > 0.5).float().mean(dim=(1, 2, 3))\n"
     )
@@ -301,7 +298,7 @@ def test_the_cosine_program_sees_the_signal_and_refuses_what_has_no_gradient(tmp
         assert cosine.main([*flags, "--rewards", "lowpass=1", "--against", against]) is None
         lines = capsys.readouterr().out.splitlines()
         found.append(float(next(x for x in lines if "| derain" in x).split("|")[2]))
-    assert found[0] > 0.5 and found[1] == pytest.approx(found[0] ** 2, abs=0.15)
+    assert 0.8 < found[0] < 0.95 and found[1] == pytest.approx(found[0] ** 2, abs=0.15)
     unsteady = [*flags, "--rewards", f"{tmp_path}/mine.py:bright=1", "--against", "itself"]
     assert cosine.main(unsteady) is None
     assert "nan" not in capsys.readouterr().out
